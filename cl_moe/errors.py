@@ -1,0 +1,31 @@
+"""The two ways in which a run may end badly, each with a message a user can act on."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """The user's input is wrong (exit status 2): what was got, what is allowed, which key to change.
+
+    >>> print(InputError(got="k=9", allowed="1 <= k <= 8, the number of experts", key="router.k"))
+    got: k=9
+    allowed: 1 <= k <= 8, the number of experts
+    change: router.k
+    """
+
+    def __init__(self, *, got: str, allowed: str, key: str) -> None:
+        super().__init__(got, allowed, key)
+        self.got, self.allowed, self.key = got, allowed, key
+
+    def __str__(self) -> str:
+        return f"got: {self.got}\nallowed: {self.allowed}\nchange: {self.key}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_input_error, (self.got, self.allowed, self.key))
+
+
+def _rebuild_input_error(got: str, allowed: str, key: str) -> InputError:
+    return InputError(got=got, allowed=allowed, key=key)
+
+
+class RunFailedError(RuntimeError):
+    """The run failed for a named reason (exit status 1): the message says what, what was kept, how to go on."""

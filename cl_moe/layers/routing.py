@@ -1,0 +1,193 @@
+"""What a router chose (law 6), and the contract of a layer that routes.
+
+Legend: T tokens, K choices per token, P pairs (token, expert), N experts of a layer, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cl_moe.errors import InputError
+
+
+class Routing(NamedTuple):
+    """The record of what a router chose, returned beside a layer's output and stored nowhere.
+
+    A regular choice (K experts for each token) keeps the shape (T, K); a ragged one is flat, (P,), and names
+    its tokens in ``token``. ``pairs()`` gives the flat view of either.
+
+    Args:
+        expert: (T, K) or (P,) int64, ids for life in [0, num_experts).
+        weight: same shape, gating weights as applied; 0 where ``kept`` is False.
+        kept: same shape, bool; False where a capacity dropped the pair, or the token is padding.
+        num_tokens: T, padding included.
+        num_experts: N of the whole layer, whichever cohorts were asked for; 0 where nothing is routed.
+        token: (P,) int64 row of each pair, or None for a regular choice.
+        valid: (T,) bool, False on padding; None where there is none.
+        scores: (T, N) what the router thought of every expert, where that can be afforded.
+        losses: named auxiliary losses, scalars, already weighted; to be added to the training loss.
+    """
+
+    expert: Tensor
+    weight: Tensor
+    kept: Tensor
+    num_tokens: int
+    num_experts: int
+    token: Tensor | None = None
+    valid: Tensor | None = None
+    scores: Tensor | None = None
+    losses: Mapping[str, Tensor] = {}  # noqa: RUF012 (a NamedTuple default is never written to)
+
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``token_P, expert_P, weight_P, kept_P``: the choice as a flat list of pairs."""
+        if self.token is not None:
+            return self.token, self.expert, self.weight, self.kept
+        num_choices = self.expert.shape[1]
+        token_T = torch.arange(self.num_tokens, device=self.expert.device)
+        token_P = token_T.repeat_interleave(num_choices)
+        return token_P, self.expert.reshape(-1), self.weight.reshape(-1), self.kept.reshape(-1)
+
+
+class ExpertLoad(NamedTuple):
+    """Loads of one layer, folded over batches; sums, so that folding and reducing over ranks is addition.
+
+    Args:
+        score: (N,) float64, gating weights of kept pairs accumulated per expert (FORMULAS 3's z, unnormalised).
+        count: (N,) int64, slots routed to each expert, dropped ones included (c).
+        kept: () int64, slots that were computed; drop rate = 1 - kept / count.sum().
+    """
+
+    score: Tensor
+    count: Tensor
+    kept: Tensor
+
+    def merge(self, other: ExpertLoad) -> ExpertLoad:
+        """Both loads together; an expert that one of them does not know yet counts as unused there."""
+        size = max(self.score.numel(), other.score.numel())
+        a, b = self.padded(size), other.padded(size)
+        return ExpertLoad(a.score + b.score, a.count + b.count, a.kept + b.kept)
+
+    def padded(self, num_experts: int) -> ExpertLoad:
+        """The same load with zeros for experts born since."""
+        missing = num_experts - self.score.numel()
+        if missing == 0:
+            return self
+        pad = nn.functional.pad
+        return ExpertLoad(pad(self.score, (0, missing)), pad(self.count, (0, missing)), self.kept)
+
+
+def fold_load(routing: Routing) -> ExpertLoad:
+    """The load of one batch; padding never counts."""
+    token_P, expert_P, weight_P, kept_P = routing.pairs()
+    if routing.valid is not None:
+        real_P = routing.valid[token_P]
+        expert_P, weight_P, kept_P = expert_P[real_P], weight_P[real_P], kept_P[real_P]
+    size = routing.num_experts
+    score_N = torch.bincount(expert_P, weights=(weight_P * kept_P).detach().double(), minlength=size)
+    return ExpertLoad(score_N.double(), torch.bincount(expert_P, minlength=size), kept_P.sum())
+
+
+class ExpertLayer(nn.Module, ABC):
+    """A feed-forward layer made of cohorts of experts.
+
+    A cohort is the unit of growth and of freezing: its weights and its router keys are whole parameters of one
+    module in ``cohorts``, appended and never reordered, so ids and state names are for life (law 2). What the
+    router shares between cohorts (a query net, say) is listed by ``shared_router``.
+    """
+
+    dim: int
+    cohorts: nn.ModuleList
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cohorts: Sequence[int] | None = None
+    ) -> tuple[Tensor, Routing]:
+        """Output of the shape of ``x``, and what was routed.
+
+        Args:
+            x: (..., D) floating. Everything before the last two dimensions numbers sequences: capacities are
+                counted within a sequence. A 2-D input is a batch of single tokens.
+            mask: (...) bool, False on padding; its output is 0 and it reaches no loss and no count.
+            cohorts: use these cohorts only (a teacher, a diagnostic); None for all.
+        """
+
+    @abstractmethod
+    def grow(
+        self, num_experts: int, init: str = "fresh", noise: float = 0.01, load: Tensor | None = None
+    ) -> None:
+        """Append one cohort of newborn experts, drawn from torch's global generator.
+
+        Args:
+            num_experts: how many are born.
+            init: ``"fresh"`` as at the start; ``"copy"`` the most used experts and their keys, plus noise;
+                ``"zero_output"`` fresh, but with a zero down-projection, so that newborns add nothing at first
+                (their keys still take top-k slots from the old ones).
+            noise: standard deviation of a copy's noise, relative to the copied tensor's own.
+            load: (N,) score-weighted load of the past, which ``"copy"`` ranks by; None: all equal.
+        """
+
+    @property
+    def cohort_sizes(self) -> tuple[int, ...]:
+        """Experts per cohort, oldest first."""
+        return tuple(int(cohort.num_experts) for cohort in self.cohorts)  # type: ignore[arg-type]
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of all cohorts, frozen ones included."""
+        return sum(self.cohort_sizes)
+
+    @property
+    def frozen_cohorts(self) -> tuple[bool, ...]:
+        """Whether each cohort has stopped learning."""
+        return tuple(not any(p.requires_grad for p in cohort.parameters()) for cohort in self.cohorts)
+
+    @property
+    def shared_router(self) -> tuple[nn.Module, ...]:
+        """Router parts that all cohorts use: frozen only by a policy that says so."""
+        return ()
+
+    def freeze(self, cohorts: Sequence[int] | None = None, shared: bool = False) -> None:
+        """Stop cohorts (None: all) for good; with ``shared``, what the router shares as well.
+
+        Whole parameters leave training and drop their gradient: masked gradients do not stop weight decay or
+        momentum. A module with running statistics offers ``freeze_statistics`` and is told.
+        """
+        chosen = range(len(self.cohorts)) if cohorts is None else cohorts
+        stopped: list[nn.Module] = [self.cohorts[self.check_cohort(index)] for index in chosen]
+        for module in [*stopped, *(self.shared_router if shared else ())]:
+            for part in module.modules():
+                if hasattr(part, "freeze_statistics"):
+                    part.freeze_statistics()
+            for parameter in module.parameters():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def check_cohort(self, index: int) -> int:
+        """``index`` itself, if there is such a cohort."""
+        if not 0 <= index < len(self.cohorts):
+            raise InputError(
+                got=f"cohort {index}",
+                allowed=f"0 .. {len(self.cohorts) - 1}: the layer has {len(self.cohorts)} cohorts",
+                key="cohorts",
+            )
+        return index
+
+    def check_input(self, x: Tensor, mask: Tensor | None) -> None:
+        """Refuse what would otherwise fail far from its cause."""
+        if x.shape[-1] != self.dim or not x.is_floating_point():
+            raise InputError(
+                got=f"x of shape {tuple(x.shape)} and dtype {x.dtype}",
+                allowed=f"a floating tensor of shape (..., {self.dim})",
+                key="x (or the layer's dim)",
+            )
+        if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+            raise InputError(
+                got=f"mask of shape {tuple(mask.shape)} and dtype {mask.dtype}",
+                allowed=f"a bool tensor of shape {tuple(x.shape[:-1])}",
+                key="mask",
+            )

@@ -1,0 +1,161 @@
+"""The contract of a stream: what an experience holds and what a scenario declares.
+
+A stream is a sized sequence of experiences. Each holds its own train and test data as tensors, so a batch is
+one ``index_select``. Builders live in ``tasks/``; this file knows no data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args, overload
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from cl_moe.errors import InputError
+
+Scenario = Literal["task", "domain", "class"]
+Kind = Literal["classification", "language"]
+SCENARIOS: tuple[str, ...] = get_args(Scenario)
+
+IGNORE = -100
+"""Target of a padded position: no loss, no routing, no count (torch's own ``ignore_index``)."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One stretch of a stream.
+
+    Args:
+        index: position in the stream, 0 .. T-1; the column of the accuracy matrix.
+        name: for people: ``"digits 0-1"``, ``"novels_en"``.
+        train: ``(inputs, targets)``. Classification: inputs (n, ...) float, targets (n,) int64 class ids.
+            Language: inputs (n, S) int64 tokens, targets (n, S) int64 next tokens, ``IGNORE`` on padding.
+        test: the same for held-out data.
+        classes: class ids that occur here, in the stream's order; empty for language.
+        task_label: only in the task-incremental scenario; None otherwise.
+    """
+
+    index: int
+    name: str
+    train: TensorDataset
+    test: TensorDataset
+    classes: tuple[int, ...] = ()
+    task_label: int | None = None
+
+
+@dataclass(frozen=True)
+class Stream(Sequence[Experience]):
+    """A sized, seeded sequence of experiences with one scenario.
+
+    Args:
+        name: the stream's name, e.g. ``"split_digits"``.
+        kind: what is learned: ``"classification"`` or ``"language"`` (next-token prediction).
+        scenario: task-, domain- or class-incremental (van de Ven et al. 2022); language is domain-incremental.
+        experiences: numbered 0 .. T-1.
+        num_classes: distinct classes over the whole stream, or the vocabulary size.
+        input_shape: shape of one input without the batch; ``(S,)`` for language.
+    """
+
+    name: str
+    kind: Kind
+    scenario: Scenario
+    experiences: tuple[Experience, ...] = field(repr=False)
+    num_classes: int
+    input_shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.scenario not in SCENARIOS:
+            raise InputError(
+                got=f"scenario {self.scenario!r}", allowed=", ".join(SCENARIOS), key="stream.scenario"
+            )
+        if not self.experiences:
+            raise InputError(got="a stream of 0 experiences", allowed="at least 1", key="stream")
+        for position, experience in enumerate(self.experiences):
+            if experience.index != position:
+                raise ValueError(f"experience {experience.index} stands at position {position}")
+
+    def __len__(self) -> int:
+        return len(self.experiences)
+
+    @overload
+    def __getitem__(self, index: int) -> Experience: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Experience, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Experience | tuple[Experience, ...]:
+        return self.experiences[index]
+
+    def __iter__(self) -> Iterator[Experience]:
+        return iter(self.experiences)
+
+    @property
+    def classes_at_start(self) -> tuple[tuple[int, ...], ...]:
+        """Groups of classes whose head rows exist before training: one group per cohort of head rows.
+
+        Class-incremental: none, the head grows as classes arrive. Otherwise the labels are no secret of the
+        stream, so the head is whole from the start and the row before any training is measured, not assumed.
+        """
+        return () if self.scenario == "class" else self.class_groups
+
+    @property
+    def class_groups(self) -> tuple[tuple[int, ...], ...]:
+        """New classes per experience, in order of first appearance; experiences without new ones left out."""
+        seen: set[int] = set()
+        groups = []
+        for experience in self.experiences:
+            new = tuple(label for label in experience.classes if label not in seen)
+            seen.update(new)
+            if new:
+                groups.append(new)
+        return tuple(groups)
+
+
+def cut(stream: Stream, parts: int, seed: int) -> Stream:
+    """Cut every experience into ``parts`` shorter ones, so that growth can act inside it.
+
+    The training examples are dealt out at random (by ``seed``) and every one of them stays in the stream
+    exactly once; each part keeps the whole test set of the experience that it came from, as the same object,
+    so that an evaluator scores it once.
+
+    Raises:
+        InputError: ``parts`` below 1, or more parts than an experience has training examples.
+    """
+    from cl_moe.seeds import generator
+
+    if parts == 1:
+        return stream
+    smallest = min(len(experience.train) for experience in stream)
+    if not 1 <= parts <= smallest:
+        raise InputError(
+            got=f"cut={parts}",
+            allowed=f"1 .. {smallest}, the training examples of the shortest experience",
+            key="stream.cut",
+        )
+    shorter: list[Experience] = []
+    for experience in stream:
+        order = torch.randperm(len(experience.train), generator=generator(seed, experience.index, "cut"))
+        for part, rows in enumerate(order.tensor_split(parts)):
+            shorter.append(
+                replace(
+                    experience,
+                    index=len(shorter),
+                    name=f"{experience.name} ({part + 1}/{parts})",
+                    train=take(experience.train, rows.sort().values),
+                )
+            )
+    return replace(stream, experiences=tuple(shorter))
+
+
+def take(data: TensorDataset, rows: Tensor) -> TensorDataset:
+    """The rows of every tensor of a data set, in the given order."""
+    return TensorDataset(*(tensor.index_select(0, rows) for tensor in data.tensors))
+
+
+def concatenate(parts: Sequence[TensorDataset]) -> TensorDataset:
+    """Several data sets as one, in order."""
+    columns = zip(*(part.tensors for part in parts), strict=True)
+    return TensorDataset(*(torch.cat(column) for column in columns))
