@@ -1,0 +1,140 @@
+"""The one function that changes a model (law 3), and the ledger that says what it did.
+
+An event is a plain dict, so that a ledger goes into a checkpoint and into JSON. Deciding, carrying out and
+replaying share ``apply``: a replayed ledger rebuilds a model's shape and frozen parts, then the weights load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from cl_moe.errors import InputError
+from cl_moe.growth.census import Census, LayerCensus
+from cl_moe.growth.freezing import FreezePolicy
+from cl_moe.growth.schedules import GrowthSchedule
+from cl_moe.models.base import ContinualModel
+from cl_moe.seeds import seeded
+
+Event = dict[str, Any]
+
+
+def adapt(
+    model: ContinualModel,
+    census: Census,
+    schedule: GrowthSchedule,
+    policy: FreezePolicy,
+    classes: Sequence[int],
+    seed: int,
+) -> list[Event]:
+    """Freeze, then grow, before an experience; returns what was done, for the ledger.
+
+    Args:
+        model: changed in place.
+        census: what schedule and policy may see.
+        schedule: how many experts are born in each expert layer.
+        policy: what stops learning.
+        classes: classes of the experience; those without head rows get a cohort of rows.
+        seed: newborns are drawn from (seed, experience, layer), whatever was drawn before.
+
+    Raises:
+        InputError: growth is asked of a model without expert layers, or nothing is left to learn.
+    """
+    newborns = schedule.newborns(census)
+    if newborns and not model.expert_layers:
+        raise InputError(got="growth of a model without experts", allowed="layer=moe, peer", key="layer")
+    stop = policy.decide(census, newborns)
+    at = census.experience
+    events: list[Event] = []
+    if stop.everything:
+        events.append({"experience": at, "act": "freeze_all"})
+    elif stop.cohorts or stop.shared_router:
+        for layer, body in model.expert_layers.items():
+            alive = [index for index, frozen in enumerate(body.frozen_cohorts) if not frozen]
+            cohorts = alive if stop.cohorts else []
+            events.append(_event(at, "freeze", layer, cohorts=cohorts, shared=stop.shared_router))
+    new_classes = [label for label in classes if label not in model.head.classes]
+    if new_classes:
+        events.append({"experience": at, "act": "head", "classes": new_classes})
+    if newborns:
+        for layer in model.expert_layers:
+            events.append(
+                _event(at, "grow", layer, num_experts=newborns, init=schedule.init, noise=schedule.noise)
+            )
+    loads = {layer: body.load for layer, body in census.layers.items()}
+    for event in events:
+        with seeded(seed, at, event["act"], event.get("layer", -1)):
+            apply(model, event, loads)
+    if events and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(
+            got=f"nothing left to learn from experience {at} on",
+            allowed="growth or new classes beside freeze=all_past",
+            key="freeze (or growth)",
+        )
+    return events
+
+
+def replay(model: ContinualModel, ledger: Iterable[Event]) -> None:
+    """Give a fresh model the shape and the frozen parts that a ledger describes; weights are loaded next."""
+    for event in ledger:
+        # A copy needs loads that are gone, and its values are about to be overwritten: only the shape counts.
+        apply(model, {**event, "init": "fresh"} if event["act"] == "grow" else event, {})
+
+
+def apply(model: ContinualModel, event: Event, loads: Mapping[int, Tensor | None]) -> None:
+    """Carry out one event."""
+    if event["act"] == "freeze_all":
+        freeze_all(model)
+    elif event["act"] == "head":
+        model.head.grow(event["classes"])
+    elif event["act"] == "freeze":
+        model.expert_layers[event["layer"]].freeze(event["cohorts"], shared=event["shared"])
+    elif event["act"] == "grow":
+        layer = model.expert_layers[event["layer"]]
+        layer.grow(
+            event["num_experts"], init=event["init"], noise=event["noise"], load=loads.get(event["layer"])
+        )
+    else:
+        raise ValueError(f"unknown act {event['act']!r} in the ledger")
+
+
+def freeze_all(model: ContinualModel) -> None:
+    """Stop every parameter and every running statistic that exists now."""
+    for part in model.modules():
+        if hasattr(part, "freeze_statistics"):
+            part.freeze_statistics()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def births(ledger: Iterable[Event], layer: int) -> list[int]:
+    """For each cohort of a layer, the number of experiences trained before its birth."""
+    grown = [e["experience"] for e in ledger if e["act"] == "grow" and e["layer"] == layer]
+    return [0, *grown]
+
+
+def take_census(
+    model: ContinualModel,
+    experience: int,
+    ledger: Sequence[Event],
+    loads: Mapping[int, Tensor],
+    scores: Sequence[float] = (),
+) -> Census:
+    """The census before an experience, from the model, its ledger and the loads measured last."""
+    layers = {
+        index: LayerCensus(
+            sizes=layer.cohort_sizes,
+            births=tuple(births(ledger, index)),
+            frozen=layer.frozen_cohorts,
+            load=loads.get(index),
+        )
+        for index, layer in model.expert_layers.items()
+    }
+    return Census(experience, layers, tuple(scores))
+
+
+def _event(experience: int, act: str, layer: int, **details: object) -> Event:
+    return {"experience": experience, "act": act, "layer": layer, **details}

@@ -1,0 +1,93 @@
+"""Growth schedules: how many experts are born before an experience. Pure decisions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from cl_moe.errors import InputError
+from cl_moe.growth.census import Census
+
+
+class GrowthSchedule(ABC):
+    """Decides before each experience how many experts every expert layer grows by.
+
+    Attributes:
+        init: how newborns start: see ``ExpertLayer.grow``.
+        noise: relative noise of copies.
+    """
+
+    init: str = "fresh"
+    noise: float = 0.0
+
+    @abstractmethod
+    def newborns(self, census: Census) -> int:
+        """Experts to be born in each layer before experience ``census.experience``; 0 for none."""
+
+    def check(self, num_experiences: int) -> None:
+        """Refuse a schedule that a stream of this length cannot follow."""
+        return None
+
+
+class NeverGrow(GrowthSchedule):
+    """The model keeps its size."""
+
+    def newborns(self, census: Census) -> int:
+        """Always 0."""
+        return 0
+
+
+class EveryExperience(GrowthSchedule):
+    """A cohort before every experience but the first.
+
+    Args:
+        num_experts: size of each cohort.
+        init: ``fresh``, ``copy`` or ``zero_output``.
+        noise: relative noise of copies.
+    """
+
+    def __init__(self, num_experts: int, init: str = "copy", noise: float = 0.01) -> None:
+        self.num_experts = _positive(num_experts, "growth.num_experts")
+        self.init, self.noise = init, noise
+
+    def newborns(self, census: Census) -> int:
+        """``num_experts``, but 0 before the first experience."""
+        return self.num_experts if census.experience > 0 else 0
+
+
+class At(GrowthSchedule):
+    """Cohorts before chosen experiences.
+
+    Args:
+        events: ``{experience index: experts}``, indices from 1.
+        init: ``fresh``, ``copy`` or ``zero_output``.
+        noise: relative noise of copies.
+    """
+
+    def __init__(self, events: Mapping[int, int], init: str = "copy", noise: float = 0.01) -> None:
+        self.events = {int(at): _positive(count, f"growth.events.{at}") for at, count in events.items()}
+        self.init, self.noise = init, noise
+
+    def newborns(self, census: Census) -> int:
+        """What ``events`` says for this experience."""
+        return self.events.get(census.experience, 0)
+
+    def check(self, num_experiences: int) -> None:
+        """There must be events, each before an experience that exists, and not before the first."""
+        if not self.events:
+            raise InputError(
+                got="no events", allowed="{experience: experts}, e.g. {2: 64, 4: 16}", key="growth.events"
+            )
+        outside = [at for at in self.events if not 1 <= at < num_experiences]
+        if outside:
+            raise InputError(
+                got=f"growth before experience {outside[0]}",
+                allowed=f"1 .. {num_experiences - 1}: the stream has {num_experiences} experiences, from 0",
+                key="growth.events",
+            )
+
+
+def _positive(count: int, key: str) -> int:
+    if count < 1:
+        raise InputError(got=f"{count} experts", allowed="at least 1 (growth=never for none)", key=key)
+    return int(count)

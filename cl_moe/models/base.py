@@ -1,0 +1,86 @@
+"""What every model promises, and the head that grows with the classes.
+
+Legend: B batch, D width, C columns of logits (classes known so far).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cl_moe.layers.routing import ExpertLayer, Routing
+from cl_moe.stream import Kind
+
+
+class Head(nn.Module):
+    """A linear read-out made of cohorts of rows: one cohort per group of classes that arrived together.
+
+    A cohort is a whole parameter, so old rows can be frozen and never move (law 1, law 2). Columns of the
+    logits stand in order of arrival; ``classes`` names them.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.cohorts = nn.ModuleList()
+        self.classes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (..., C) of ``x`` (..., D); C is 0 before the first class arrives."""
+        if not self.cohorts:
+            return x.new_zeros(*x.shape[:-1], 0)
+        if len(self.cohorts) == 1:
+            return self.cohorts[0](x)
+        return torch.cat([cohort(x) for cohort in self.cohorts], dim=-1)
+
+    def grow(self, classes: Sequence[int]) -> None:
+        """Append rows for new classes, drawn from torch's global generator as ``nn.Linear`` draws them."""
+        known = set(self.classes) & set(classes)
+        if known or not classes:
+            raise ValueError(f"classes {sorted(known)} have rows already" if known else "no classes to add")
+        rows = nn.Linear(self.dim, len(classes))
+        if self.cohorts:
+            rows.to(next(self.cohorts[0].parameters()))
+        self.cohorts.append(rows)
+        self.classes.extend(classes)
+
+
+class ContinualModel(nn.Module, ABC):
+    """A body with feed-forward slots and a head; grown and frozen by ``growth.adapt`` only.
+
+    Attributes:
+        kind: what it can learn: ``"classification"`` or ``"language"``.
+        head: the read-out, made of cohorts.
+    """
+
+    kind: Kind
+    head: Head
+
+    @abstractmethod
+    def forward(
+        self, inputs: Tensor, mask: Tensor | None = None, cohorts: Sequence[int] | None = None
+    ) -> tuple[Tensor, dict[int, Routing]]:
+        """Logits over ``head.classes``, and what each expert layer routed, by block index.
+
+        Args:
+            inputs: one batch of the stream's inputs.
+            mask: language only: (B, S) bool, False on padding.
+            cohorts: let every expert layer use these cohorts only.
+        """
+
+    @property
+    @abstractmethod
+    def feed_forward(self) -> Sequence[nn.Module]:
+        """The layer in each block's feed-forward slot, in order of the blocks."""
+
+    @property
+    def expert_layers(self) -> dict[int, ExpertLayer]:
+        """Layers that route, by block index: those with cohorts, which can grow and freeze."""
+        return {
+            index: layer
+            for index, layer in enumerate(self.feed_forward)
+            if isinstance(layer, ExpertLayer) and len(layer.cohorts) > 0
+        }

@@ -1,0 +1,107 @@
+"""The hooks of a strategy, and what it sees of a step.
+
+Order within an experience: ``begin``, after the model was adapted; for each step ``batch``, ``loss``,
+``gradients``; ``end``, before the evaluation. A strategy overrides what it needs. ``view`` is asked once,
+before the run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from cl_moe.layers.routing import Routing
+from cl_moe.models.base import ContinualModel
+from cl_moe.stream import Experience, Kind, Stream
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a strategy knows at the start of an experience.
+
+    Args:
+        model: the model as it will learn: grown and frozen already.
+        experience: the experience to come, training data as the strategies' views left it.
+        kind: classification or language.
+        seed: the data seed; draw from (seed, experience, purpose).
+        group_of_class: (classes,) int64 for the task-incremental scenario: the task of each class; None
+            otherwise.
+    """
+
+    model: ContinualModel
+    experience: Experience
+    kind: Kind
+    seed: int
+    group_of_class: Tensor | None = None
+
+
+@dataclass
+class Step:
+    """One training step as a strategy's ``loss`` sees it.
+
+    Args:
+        model: as in ``Outlook``.
+        inputs: the batch's inputs, replayed ones included.
+        targets: class ids (B,), or next tokens (B, S) with ``IGNORE`` on padding.
+        mask: (B, S) bool for language, False on padding; None for classification.
+        logits: (B, C) or (B, S, V): before the scenario masks anything.
+        routings: by block index.
+    """
+
+    model: ContinualModel
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor | None
+    logits: Tensor
+    routings: dict[int, Routing]
+
+
+class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothing)
+    """Resists forgetting through any of its hooks; by default through none."""
+
+    def view(self, stream: Stream) -> Stream:
+        """The stream as training shall see it (joint training sees all at once); evaluation is untouched."""
+        return stream
+
+    def begin(self, outlook: Outlook) -> None:
+        """An experience is about to be trained."""
+        return None
+
+    def batch(self, inputs: Tensor, targets: Tensor) -> Batch:
+        """The batch to train on."""
+        return inputs, targets
+
+    def loss(self, step: Step) -> dict[str, Tensor]:
+        """Named terms to be added to the loss, scalars."""
+        return {}
+
+    def gradients(self, model: ContinualModel) -> None:
+        """Gradients stand, the optimizer has not stepped yet."""
+        return None
+
+    def end(self, outlook: Outlook) -> None:
+        """The experience was trained."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart: tensors and plain Python only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        return None
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes kept for this strategy beside the model: memory, stored copies."""
+        return 0
+
+
+def tensor_bytes(*tensors: Tensor) -> int:
+    """Bytes that tensors hold."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,19 @@
+"""Cumulative training: every experience together with all before it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cl_moe.stream import Stream, concatenate
+from cl_moe.strategies.base import Strategy
+
+
+class Cumulative(Strategy):
+    """Goes on training the same model on the union of the data so far; cost grows with the stream."""
+
+    def view(self, stream: Stream) -> Stream:
+        """Experience i holds the training data of 0 .. i."""
+        grown = [
+            replace(e, train=concatenate([past.train for past in stream[: e.index + 1]])) for e in stream
+        ]
+        return replace(stream, experiences=tuple(grown))

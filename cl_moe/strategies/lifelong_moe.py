@@ -1,0 +1,36 @@
+"""Lifelong-MoE's regularisation (Chen et al. 2023, arXiv 2305.12281, output-level regularisation)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cl_moe.strategies.base import Step
+from cl_moe.strategies.teacher import DistillingStrategy, squared_distance
+
+
+class LifelongMoE(DistillingStrategy):
+    """Loss = task + lambda KL(M_old || M_new) on the new data, and optionally an L2 pull to the old trunk.
+
+    The other half of the method, growing and freezing, is chosen by its own keys:
+    ``growth=every_experience freeze=past_experts growth.init=copy``. M_old uses the old cohorts only, so the
+    term also holds the newborn experts to what the old ones answered.
+
+    Args:
+        strength: lambda.
+        temperature: of the distillation; the paper has 1.
+        l2: weight of the squared distance of learning shared parameters to their old values; 0 for none.
+    """
+
+    def __init__(self, strength: float = 1.0, temperature: float = 1.0, l2: float = 0.0) -> None:
+        super().__init__(strength, temperature)
+        self.l2 = l2
+
+    def loss(self, step: Step) -> dict[str, Tensor]:
+        """The distillation and, where asked for, the L2 term, from the second experience on."""
+        term = self.distillation(step)
+        if term is None:
+            return {}
+        terms = {"lifelong_moe": term}
+        if self.l2:
+            terms["lifelong_moe_l2"] = self.l2 * squared_distance(step.model, self.teacher.values)
+        return terms

@@ -1,0 +1,151 @@
+"""The model as it was at the last boundary, without a second model.
+
+A teacher keeps the old values of parameters and statistics that can still change, and runs the grown model
+with them: old cohorts only, the head's old columns only. Frozen tensors are shared with the living model.
+
+Legend: B batch, C columns of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cl_moe.losses import distillation_loss
+from cl_moe.models.base import ContinualModel
+from cl_moe.strategies.base import Outlook, Step, Strategy, tensor_bytes
+
+
+class Teacher:
+    """Old values, and how many cohorts and head columns were there."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.num_classes = 0
+        self.num_cohorts: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.num_classes > 0
+
+    def learn(self, model: ContinualModel) -> None:
+        """Remember the model as it is now."""
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        self.values = {
+            name: value.detach().clone() for name, value in model.state_dict().items() if name not in frozen
+        }
+        self.num_classes = len(model.head.classes)
+        sizes = {len(layer.cohorts) for layer in model.expert_layers.values()}
+        if len(sizes) > 1:
+            raise ValueError(f"expert layers with different numbers of cohorts: {sorted(sizes)}")
+        self.num_cohorts = sizes.pop() if sizes else None
+
+    @torch.no_grad()
+    def logits(self, model: ContinualModel, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """The old model's logits (B, C_old) or (B, S, V), dropout off and running statistics used."""
+        cohorts = None if self.num_cohorts is None else range(self.num_cohorts)
+        training = [part for part in model.modules() if part.training]
+        for part in training:
+            part.training = False
+        try:
+            logits, _ = functional_call(
+                model, self.values, (inputs,), {"mask": mask, "cohorts": cohorts}, strict=False
+            )
+        finally:
+            for part in training:
+                part.training = True
+        return logits[..., : self.num_classes]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Old values and counts."""
+        return {"values": self.values, "num_classes": self.num_classes, "num_cohorts": self.num_cohorts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take old values and counts back."""
+        self.values = dict(state["values"])
+        self.num_classes, self.num_cohorts = state["num_classes"], state["num_cohorts"]
+
+    def to(self, device: torch.device) -> None:
+        """Move the old values to where the model computes."""
+        self.values = {name: value.to(device) for name, value in self.values.items()}
+
+
+def distill(
+    step: Step, old_logits: Tensor, temperature: float, group_of_class: Tensor | None, classes: Sequence[int]
+) -> Tensor:
+    """KL from the teacher to the student over the columns the teacher knows; per task where heads are tasks'.
+
+    Padding is left out. In the task-incremental scenario each old task's columns are a distribution of their
+    own (LwF's multi-head form), and the tasks' terms add up.
+    """
+    known = old_logits.shape[-1]
+    new_logits = step.logits[..., :known].float()
+    old_logits = old_logits.float()
+    if step.mask is not None:
+        new_logits, old_logits = new_logits[step.mask], old_logits[step.mask]
+    if group_of_class is None:
+        return distillation_loss(new_logits, old_logits, temperature)
+    task_of_column = group_of_class[torch.tensor(classes[:known])]
+    terms = []
+    for task in task_of_column.unique():
+        columns = (task_of_column == task).nonzero().squeeze(1).to(new_logits.device)
+        terms.append(distillation_loss(new_logits[:, columns], old_logits[:, columns], temperature))
+    return torch.stack(terms).sum()
+
+
+class DistillingStrategy(Strategy):
+    """What LwF and Lifelong-MoE share: a teacher learnt at each boundary, and its term.
+
+    Args:
+        strength: weight of the term.
+        temperature: T; the term is ``T^2 * KL(teacher || student)`` of distributions softened by T.
+    """
+
+    def __init__(self, strength: float, temperature: float) -> None:
+        self.strength, self.temperature = strength, temperature
+        self.teacher = Teacher()
+        self.group_of_class: Tensor | None = None
+
+    def begin(self, outlook: Outlook) -> None:
+        """Note the scenario's groups of classes; bring the teacher to where the model is."""
+        self.group_of_class = outlook.group_of_class
+        self.teacher.to(next(outlook.model.parameters()).device)
+
+    def distillation(self, step: Step) -> Tensor | None:
+        """Strength x KL(teacher || student), or None before there is a teacher."""
+        if not self.teacher:
+            return None
+        old_logits = self.teacher.logits(step.model, step.inputs, step.mask)
+        term = distill(step, old_logits, self.temperature, self.group_of_class, step.model.head.classes)
+        return self.strength * term
+
+    def end(self, outlook: Outlook) -> None:
+        """Today's model is tomorrow's teacher."""
+        self.teacher.learn(outlook.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The teacher."""
+        return self.teacher.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the teacher back."""
+        self.teacher.load_state_dict(state)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the teacher's own values."""
+        return tensor_bytes(*self.teacher.values.values())
+
+
+def squared_distance(module: nn.Module, values: dict[str, Tensor]) -> Tensor:
+    """Sum of squared differences between learning parameters and their old values."""
+    terms = [
+        F.mse_loss(parameter, values[name], reduction="sum")
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and name in values
+    ]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
