@@ -76,6 +76,15 @@ def adapt(
     return events
 
 
+def add_classes(model: ContinualModel, groups: Iterable[Sequence[int]], seed: int) -> list[Event]:
+    """Head rows for classes that the scenario does not withhold, before any training; returns the events."""
+    events = [{"experience": 0, "act": "head", "classes": list(group)} for group in groups]
+    for index, event in enumerate(events):
+        with seeded(seed, "head at the start", index):
+            apply(model, event, {})
+    return events
+
+
 def replay(model: ContinualModel, ledger: Iterable[Event]) -> None:
     """Give a fresh model the shape and the frozen parts that a ledger describes; weights are loaded next."""
     for event in ledger:

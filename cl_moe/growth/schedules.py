@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from cl_moe.errors import InputError
 from cl_moe.growth.census import Census
+from cl_moe.layers.routing import GROWTH_INITS
 
 
 class GrowthSchedule(ABC):
@@ -48,7 +50,7 @@ class EveryExperience(GrowthSchedule):
 
     def __init__(self, num_experts: int, init: str = "copy", noise: float = 0.01) -> None:
         self.num_experts = _positive(num_experts, "growth.num_experts")
-        self.init, self.noise = init, noise
+        self.init, self.noise = _birth(init, noise)
 
     def newborns(self, census: Census) -> int:
         """``num_experts``, but 0 before the first experience."""
@@ -65,8 +67,8 @@ class At(GrowthSchedule):
     """
 
     def __init__(self, events: Mapping[int, int], init: str = "copy", noise: float = 0.01) -> None:
-        self.events = {int(at): _positive(count, f"growth.events.{at}") for at, count in events.items()}
-        self.init, self.noise = init, noise
+        self.events = {_index(at): _positive(count, f"growth.events.{at}") for at, count in events.items()}
+        self.init, self.noise = _birth(init, noise)
 
     def newborns(self, census: Census) -> int:
         """What ``events`` says for this experience."""
@@ -88,6 +90,22 @@ class At(GrowthSchedule):
 
 
 def _positive(count: int, key: str) -> int:
-    if count < 1:
-        raise InputError(got=f"{count} experts", allowed="at least 1 (growth=never for none)", key=key)
-    return int(count)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise InputError(
+            got=f"{count!r} experts", allowed="a whole number, at least 1 (growth=never for none)", key=key
+        )
+    return count
+
+
+def _index(at: int | str) -> int:
+    if isinstance(at, int) or (isinstance(at, str) and at.isdecimal()):
+        return int(at)
+    raise InputError(got=f"growth before experience {at!r}", allowed="a whole number", key="growth.events")
+
+
+def _birth(init: str, noise: float) -> tuple[str, float]:
+    if init not in GROWTH_INITS:
+        raise InputError(got=f"init={init!r}", allowed=" or ".join(GROWTH_INITS), key="growth.init")
+    if not isinstance(noise, int | float) or not 0 <= noise < math.inf:
+        raise InputError(got=f"noise={noise!r}", allowed="a number >= 0", key="growth.noise")
+    return init, noise

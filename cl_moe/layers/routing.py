@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from cl_moe.errors import InputError
 
+GROWTH_INITS = ("fresh", "copy", "zero_output")
+
 
 class Routing(NamedTuple):
     """The record of what a router chose, returned beside a layer's output and stored nowhere.
@@ -29,7 +31,7 @@ class Routing(NamedTuple):
         num_experts: N of the whole layer, whichever cohorts were asked for; 0 where nothing is routed.
         token: (P,) int64 row of each pair, or None for a regular choice.
         valid: (T,) bool, False on padding; None where there is none.
-        scores: (T, N) what the router thought of every expert, where that can be afforded.
+        scores: (T, N) raw logits of every expert, where that can be afforded; -inf for one not asked for.
         losses: named auxiliary losses, scalars, already weighted; to be added to the training loss.
     """
 
@@ -41,7 +43,7 @@ class Routing(NamedTuple):
     token: Tensor | None = None
     valid: Tensor | None = None
     scores: Tensor | None = None
-    losses: Mapping[str, Tensor] = {}  # noqa: RUF012 (a NamedTuple default is never written to)
+    losses: Mapping[str, Tensor] = {}
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``token_P, expert_P, weight_P, kept_P``: the choice as a flat list of pairs."""
@@ -57,13 +59,13 @@ class ExpertLoad(NamedTuple):
     """Loads of one layer, folded over batches; sums, so that folding and reducing over ranks is addition.
 
     Args:
-        score: (N,) float64, gating weights of kept pairs accumulated per expert (FORMULAS 3's z, unnormalised).
+        score: (N,) float64, gating weights of kept pairs summed per expert (FORMULAS 3's z, unnormalised).
         count: (N,) int64, slots routed to each expert, dropped ones included (c).
         kept: () int64, slots that were computed; drop rate = 1 - kept / count.sum().
     """
 
     score: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
     kept: Tensor
 
     def merge(self, other: ExpertLoad) -> ExpertLoad:
@@ -95,9 +97,9 @@ def fold_load(routing: Routing) -> ExpertLoad:
 class ExpertLayer(nn.Module, ABC):
     """A feed-forward layer made of cohorts of experts.
 
-    A cohort is the unit of growth and of freezing: its weights and its router keys are whole parameters of one
-    module in ``cohorts``, appended and never reordered, so ids and state names are for life (law 2). What the
-    router shares between cohorts (a query net, say) is listed by ``shared_router``.
+    A cohort is the unit of growth and of freezing: its weights and its router keys are whole parameters of
+    one module in ``cohorts``, appended and never reordered, so ids and state names are for life (law 2).
+    What the router shares between cohorts (a query net, say) is listed by ``shared_router``.
     """
 
     dim: int
@@ -125,8 +127,8 @@ class ExpertLayer(nn.Module, ABC):
         Args:
             num_experts: how many are born.
             init: ``"fresh"`` as at the start; ``"copy"`` the most used experts and their keys, plus noise;
-                ``"zero_output"`` fresh, but with a zero down-projection, so that newborns add nothing at first
-                (their keys still take top-k slots from the old ones).
+                ``"zero_output"`` fresh, but with a zero down-projection, so that newborns add nothing at
+                first (their keys still take top-k slots from the old ones).
             noise: standard deviation of a copy's noise, relative to the copied tensor's own.
             load: (N,) score-weighted load of the past, which ``"copy"`` ranks by; None: all equal.
         """
@@ -161,8 +163,9 @@ class ExpertLayer(nn.Module, ABC):
         stopped: list[nn.Module] = [self.cohorts[self.check_cohort(index)] for index in chosen]
         for module in [*stopped, *(self.shared_router if shared else ())]:
             for part in module.modules():
-                if hasattr(part, "freeze_statistics"):
-                    part.freeze_statistics()
+                stop = getattr(part, "freeze_statistics", None)
+                if callable(stop):
+                    stop()
             for parameter in module.parameters():
                 parameter.requires_grad_(False)
                 parameter.grad = None
@@ -176,6 +179,28 @@ class ExpertLayer(nn.Module, ABC):
                 key="cohorts",
             )
         return index
+
+    def check_cohorts(self, cohorts: Sequence[int] | None) -> list[int]:
+        """The cohorts asked for, oldest first; None for all."""
+        if cohorts is None:
+            return list(range(len(self.cohorts)))
+        chosen = sorted(self.check_cohort(index) for index in cohorts)
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise InputError(got=f"cohorts={list(cohorts)}", allowed="at least one, each once", key="cohorts")
+        return chosen
+
+    def check_growth(self, num_experts: int, init: str, load: Tensor | None) -> None:
+        """Refuse a growth that no layer could do."""
+        if num_experts < 1:
+            raise InputError(
+                got=f"growth by {num_experts} experts", allowed="at least 1", key="growth.num_experts"
+            )
+        if init not in GROWTH_INITS:
+            raise InputError(got=f"init={init}", allowed=" or ".join(GROWTH_INITS), key="growth.init")
+        if load is not None and load.shape != (self.num_experts,):
+            raise InputError(
+                got=f"load of shape {tuple(load.shape)}", allowed=f"shape ({self.num_experts},)", key="load"
+            )
 
     def check_input(self, x: Tensor, mask: Tensor | None) -> None:
         """Refuse what would otherwise fail far from its cause."""
@@ -191,3 +216,39 @@ class ExpertLayer(nn.Module, ABC):
                 allowed=f"a bool tensor of shape {tuple(x.shape[:-1])}",
                 key="mask",
             )
+
+
+class Tokens(NamedTuple):
+    """A layer's input as a flat list of tokens.
+
+    Args:
+        x: (T, D), 0 on padding.
+        valid: (T,) bool, False on padding; None where there is none.
+        group_size: tokens of one sequence; sequences follow each other.
+    """
+
+    x: Tensor
+    valid: Tensor | None
+    group_size: int
+
+
+def flat_tokens(x: Tensor, mask: Tensor | None) -> Tokens:
+    """Flatten (..., D); whatever stands on padding (even NaN) is replaced by 0."""
+    group_size = x.shape[-2] if x.dim() > 2 else 1
+    if mask is None:
+        return Tokens(x.reshape(-1, x.shape[-1]), None, group_size)
+    valid_T = mask.reshape(-1)
+    x_TD = x.reshape(-1, x.shape[-1]).masked_fill(~valid_T.unsqueeze(-1), 0.0)
+    return Tokens(x_TD, valid_T, group_size)
+
+
+def most_used(load_N: Tensor | None, num_experts: int, device: torch.device) -> Tensor:
+    """(N,) int64: from the most to the least used; among equals, and without a load, oldest first."""
+    if load_N is None:
+        return torch.arange(num_experts, device=device)
+    return load_N.to(device).sort(descending=True, stable=True).indices
+
+
+def noisy_copy(source: Tensor, noise: float) -> Tensor:
+    """A copy plus normal noise of ``noise`` times the source's own standard deviation."""
+    return source + noise * source.std(unbiased=False) * torch.randn_like(source)

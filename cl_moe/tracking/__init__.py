@@ -1,1 +1,1 @@
-"""Tracking: MLflow runs, names, artifacts, figures and the comparison of arms. Importing it imports nothing."""
+"""MLflow runs, names, artifacts, figures and the comparison of arms. Importing it imports nothing."""

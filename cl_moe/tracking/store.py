@@ -1,28 +1,39 @@
 """The MLflow store: opened without chatter, and made once even when several processes start on it together.
 
-A fresh sqlite file takes seconds of migrations and MLflow lets processes race through them, so the file is built
-under another name and a lock, and moved into place when it is whole. Artifacts of a sqlite store lie in the folder
-``mlartifacts`` beside the file: MLflow stores that place in the experiment, as an absolute path.
+A fresh sqlite file takes seconds of migrations and MLflow lets processes race through them, so the file is
+built under another name and a lock, and moved into place when it is whole. Artifacts of a sqlite store lie in
+the folder ``mlartifacts`` beside the file: MLflow stores that place in the experiment, as an absolute path.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import posixpath
+import re
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from cl_moe.errors import InputError, RunFailedError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 _SQLITE = "sqlite:///"
-_ALLOWED = "sqlite:///<file> (relative to the working folder, or sqlite:////absolute/path), or http(s)://<server>"
+_ALLOWED = (
+    "sqlite:///<file> (relative to the working folder, or sqlite:////absolute/path), or http(s)://<server>"
+)
+PAUSES = (0.1, 0.5, 2.0)  # seconds between tries
+_PATIENCE = 5.0  # seconds after which a failed try is not repeated (sqlite itself waits 20 s for a lock)
+_MAX_CHARACTERS = 6000  # of a param
+_NAME = re.compile(r"[/\w.\- :]{1,250}")
+_T = TypeVar("_T")
 _LOCK_SECONDS = 300.0  # a fresh store takes seconds; minutes mean that somebody hangs
 
 
@@ -55,8 +66,8 @@ def open_store(uri: str, *, create: bool = True, key: str = "tracking.uri") -> M
     A server is not contacted here. A sqlite file is made if it is missing (or empty) and ``create`` is true.
 
     Raises:
-        InputError: no such kind of store, no file and ``create`` is false, not an MLflow file, or one of another
-            MLflow version.
+        InputError: no such kind of store, no file and ``create`` is false, not an MLflow file, or one of
+            another MLflow version.
         RunFailedError: the store is locked by another process for minutes.
     """
     uri = absolute_uri(uri, key)
@@ -87,7 +98,8 @@ def experiment_id(client: MlflowClient, name: str, *, key: str = "tracking.exper
     file = database(client.tracking_uri)
     if file is not None:
         with _lock(file):
-            return _active(client, name, key) or client.create_experiment(name, str(file.parent / "mlartifacts"))
+            found = _active(client, name, key)
+            return found or client.create_experiment(name, str(file.parent / "mlartifacts"))
     try:
         return _active(client, name, key) or client.create_experiment(name)
     except MlflowException as error:
@@ -103,16 +115,27 @@ def find_run(run_id: str, uri: str = DEFAULT_URI, *, key: str = "resume") -> dic
         InputError: the store has no such run.
     """
     client = open_store(uri, create=False)
+    run = must(uri, lambda: lookup(client, run_id))
+    if run is None:
+        raise InputError(
+            got=f"the run {run_id!r}, which {client.tracking_uri} does not have",
+            allowed="the id of a run in that store, or the folder of a run",
+            key=f"{key} (or tracking.uri)",
+        )
+    return dict(run.data.tags)
+
+
+def lookup(client: MlflowClient, run_id: str) -> Run | None:
+    """The run of that id; None if the store does not have it, or has deleted it."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return dict(client.get_run(run_id).data.tags)
+        run = client.get_run(run_id)
     except MlflowException as error:
-        raise InputError(
-            got=f"the run {run_id!r}, which {client.tracking_uri} does not have ({first_line(error)})",
-            allowed="the id of a run in that store, or the folder of a run",
-            key=f"{key} (or tracking.uri)",
-        ) from error
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
 
 
 def load_mlflow() -> None:
@@ -146,6 +169,61 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def retry(action: Callable[[], _T], pauses: Sequence[float]) -> _T:
+    """The action's result; what the store raises is raised when the pauses (seconds) are used up."""
+    began = time.monotonic()
+    for pause in pauses:
+        try:
+            return action()
+        except store_errors():
+            if time.monotonic() - began > _PATIENCE:
+                raise
+        time.sleep(pause)
+    return action()
+
+
+def must(uri: str, action: Callable[[], _T]) -> _T:
+    """The action's result, tried again for a moment.
+
+    Raises:
+        RunFailedError: the store is locked or away.
+    """
+    load_mlflow()
+    try:
+        return retry(action, PAUSES)
+    except store_errors() as error:
+        raise RunFailedError(
+            f"The MLflow store {uri} does not answer: {first_line(error)}. Nothing was trained. "
+            "Run it again, or choose another tracking.uri or tracking=none."
+        ) from error
+
+
+def check_name(name: str, kind: str) -> None:
+    """MLflow refuses a whole batch for one bad name, so it is found where the name comes in."""
+    path = posixpath.normpath(name)
+    if not _NAME.fullmatch(name) or path != name or path == "." or path.startswith(("..", "/")):
+        raise InputError(
+            got=f"the {kind} name {name!r}",
+            allowed="1 to 250 letters, digits and / : . - _ or spaces, a path without empty parts",
+            key=f"the name of this {kind}",
+        )
+
+
+def cut(text: str) -> str:
+    """At most 6,000 characters, saying so if it is cut."""
+    if len(text) <= _MAX_CHARACTERS:
+        return text
+    mark = f"... [cut: {len(text)} characters; the whole value is in config.yaml]"
+    return text[: _MAX_CHARACTERS - len(mark)] + mark
+
+
+def write(file: Path, text: str) -> None:
+    """The whole text or, if the process is killed, the file as it was."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text)
+    os.replace(part, file)
+
+
 def _has_content(file: Path) -> bool:
     # sqlite makes an empty file when it connects to a missing one
     return file.is_file() and file.stat().st_size > 0
@@ -165,7 +243,7 @@ def _active(client: MlflowClient, name: str, key: str) -> str | None:
 
 
 def _make_store(file: Path) -> None:
-    """Builds the tables under another name, so that a process killed in the middle leaves nothing half made."""
+    """Builds the tables under another name: a process killed in the middle leaves nothing half made."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     part = file.with_name(f"{file.name}.part")
@@ -196,7 +274,10 @@ def _readable(uri: str, key: str) -> Iterator[None]:
     try:
         yield
     except store_errors() as error:
-        raise InputError(got=f"{uri}: {first_line(error)}", allowed=f"{_ALLOWED}, which opens", key=key) from error
+        if "locked" in str(error):
+            raise
+        got = f"{uri}, which MLflow does not open: {first_line(error)}"
+        raise InputError(got=got, allowed=_ALLOWED, key=key) from error
 
 
 @contextmanager

@@ -1,0 +1,78 @@
+# Works with GNU make 3.81 and /bin/sh on Linux and macOS. PYTHON=... chooses the interpreter of .venv.
+
+VENV    = .venv
+STAMP   = $(VENV)/.installed
+PY      = $(VENV)/bin/python
+WORKERS = 2
+EXTRAS  = dev
+PYTEST  = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
+
+# A stamp that is missing, of another folder (a moved checkout), or of a Python that is gone counts for nothing.
+STAMPED := $(shell $(PY) -c 'print(open("$(STAMP)").read().strip())' 2>/dev/null)
+ifneq ($(STAMPED),$(CURDIR))
+FRESH = fresh
+endif
+
+.PHONY: help demo test test-all check format bench clean fresh
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' Makefile | expand -t 12
+
+demo: $(STAMP) ## the main job: one stream under several arms, a comparison table and figures (5 minutes)
+	$(VENV)/bin/cl-moe -m 'experiment=glob(demo/*)'
+	$(VENV)/bin/cl-moe-compare --experiment demo
+
+test: $(STAMP) ## every test that is not slow
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.extras ## every test, with every extra installed
+	$(PYTEST)
+
+check: $(STAMP) ## format, lint, types, floors, tests; the first that fails is named
+	@$(call step,format,$(PY) -m ruff format --check .)
+	@$(call step,lint,$(PY) -m ruff check .)
+	@$(call step,types,$(PY) -m mypy)
+	@$(call step,floors,$(PY) -m pytest tests/test_architecture.py)
+	@$(call step,tests,$(PYTEST) -m "not slow" --ignore=tests/test_architecture.py)
+	@echo "check: all passed"
+
+step = echo "check: $(1)"; $(2) || { echo "check: $(1) failed" >&2; exit 1; }
+
+format: $(STAMP) ## put the source into the one format, mend what ruff can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(STAMP) ## speed and memory, as ratios
+	$(PY) benchmarks/train_step.py
+
+clean: ## remove .venv, builds and caches; runs and their results stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp goes first and comes last, so that an interrupted installation is begun anew.
+$(STAMP): pyproject.toml constraints.txt $(FRESH)
+	@rm -f $(STAMP) $(VENV)/.extras
+	@if [ -n "$(FRESH)" ]; then $(find_python); "$$python" -m venv --clear $(VENV) || { $(no_venv); exit 1; }; fi
+	@echo "installing into $(VENV): one to three minutes, about 2 GB (more with CUDA)"
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "$(CURDIR)" > $(STAMP)
+
+$(VENV)/.extras: $(STAMP)
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+# Candidates are run, not looked up: a launcher may exist without the Python that it launches.
+find_python = python=; got=; \
+	for candidate in $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3 python); do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+	  then python=$$candidate; break; fi; \
+	  got="$$got $$candidate ($$("$$candidate" -V 2>&1 | head -n 1))"; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "got:$$got" >&2; \
+	  echo "allowed: Python 3.11 or newer" >&2; \
+	  echo "change: install one, or name it: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; fi
+
+no_venv = echo "got: $$python, which cannot create a virtual environment" >&2; \
+	echo "allowed: a Python with the venv and ensurepip modules" >&2; \
+	echo "change: install them (Debian, Ubuntu: apt install python3-venv), or name another: make PYTHON=..." >&2

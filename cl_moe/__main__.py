@@ -1,0 +1,5 @@
+"""``python -m cl_moe``: the same as ``cl-moe``."""
+
+from cl_moe.cli import main
+
+main()

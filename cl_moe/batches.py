@@ -1,0 +1,55 @@
+"""Batches of tensors held in memory, in an order drawn from (seed, experience, epoch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+from cl_moe.seeds import generator
+
+
+class Order(Sampler[Tensor]):
+    """Rows of each batch: shuffled anew every epoch, or in order. The last batch may be smaller.
+
+    Lightning calls ``set_epoch`` with an epoch number that goes on over the whole stream, so no epoch's order
+    depends on what was drawn before it, and a resumed run meets the same one.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, shuffle: tuple[int, int] | None = None) -> None:
+        self.num_rows, self.batch_size, self.shuffle = num_rows, batch_size, shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.num_rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.shuffle is None:
+            rows = torch.arange(self.num_rows)
+        else:
+            seed, experience = self.shuffle
+            draw = generator(seed, experience, "order", self.epoch)
+            rows = torch.randperm(self.num_rows, generator=draw)
+        return iter(rows.split(self.batch_size))
+
+
+def training_loader(data: TensorDataset, batch_size: int, seed: int, experience: int) -> DataLoader:
+    """Every row once per epoch, shuffled by (seed, experience, epoch)."""
+    return _loader(data, Order(len(data), batch_size, (seed, experience)))
+
+
+def evaluation_loader(data: TensorDataset, batch_size: int) -> DataLoader:
+    """Every row once, in order."""
+    return _loader(data, Order(len(data), batch_size))
+
+
+def _loader(data: TensorDataset, order: Order) -> DataLoader:
+    # batch_size=None: the sampler's rows index the tensors at once, one index_select per batch. The generator
+    # keeps the loader from drawing its worker seed out of torch's global one.
+    return DataLoader(data, batch_size=None, sampler=order, generator=torch.Generator())

@@ -1,0 +1,55 @@
+"""READ FIRST: one experiment, the loop over experiences."""
+
+from __future__ import annotations
+
+from cl_moe.evaluation import evaluate
+from cl_moe.growth.adapt import adapt
+from cl_moe.run import Run
+from cl_moe.stream import Experience
+
+
+def run_experiment(run: Run) -> float:
+    """Train a learner on a stream, one experience after the other; measure after each; return the objective.
+
+    Row i of the accuracy matrix is measured after i experiences, row 0 before any training. A boundary is
+    recorded, saved, and only then sent to the tracker: killed at any moment, a run goes on from its newest
+    boundary, ends with the same bits, and no point is missing or stands twice.
+    """
+    with run.open():
+        boundary = run.resume()
+        if boundary is None:
+            boundary = measure(run)
+        for experience in run.training_stream[boundary:]:
+            run.progress.open(experience.index)
+            grow_and_freeze(run, experience)
+            fit(run, experience)
+            measure(run)
+        return run.finish()
+
+
+def grow_and_freeze(run: Run, experience: Experience) -> None:
+    """Adapt the model to what comes, as schedule and policy decide, and measure the shock of growing."""
+    events = adapt(
+        run.learner.model, run.census(experience), run.growth, run.freeze, experience.classes, run.seed_init
+    )
+    run.learner.ledger.extend(events)
+    seen = run.stream[: experience.index]
+    if seen and any(event["act"] == "grow" for event in events):
+        run.record_shock(evaluate(run.trainer, run.learner, seen, run.spec.eval_batch_size))
+
+
+def fit(run: Run, experience: Experience) -> None:
+    """Train on one experience with the Trainer of the whole stream, so that its step axis never restarts."""
+    if len(experience.train) == 0:  # joint training leaves nothing for later experiences
+        return
+    run.learner.experience = experience
+    run.spec.raise_epochs(run.trainer)
+    with run.cost.training(experience, run.spec.epochs):
+        run.trainer.fit(run.learner, train_dataloaders=run.loader(experience))
+
+
+def measure(run: Run) -> int:
+    """Measure a row of the accuracy matrix on every experience's test data; returns its number."""
+    return run.close_boundary(
+        evaluate(run.trainer, run.learner, run.stream[:], run.spec.eval_batch_size)
+    )

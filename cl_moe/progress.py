@@ -1,0 +1,66 @@
+"""Progress over the whole stream, with the time that is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L  # noqa: N812
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+REFRESH_SECONDS = 0.2
+
+
+class StreamProgress(L.Callback):
+    """A rich progress bar over all steps of all experiences; on a plain output, only the lines of ``say``.
+
+    Args:
+        names: of the experiences.
+        steps: batches in each.
+        console: where to draw; standard error by default, so that results can be piped.
+    """
+
+    def __init__(self, names: Sequence[str], steps: Sequence[int], console: Console | None = None) -> None:
+        self.names, self.steps = list(names), list(steps)
+        self.console = console or Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps, left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            # Redrawn from the training loop at a fixed pace: a thread of its own would compete for the core.
+            auto_refresh=False,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("stream", total=sum(self.steps))
+        self.done = 0
+        self._drawn = 0.0
+
+    def __enter__(self) -> StreamProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def open(self, index: int) -> None:
+        """Experience ``index`` begins."""
+        self.done = sum(self.steps[:index])
+        title = f"experience {index + 1}/{len(self.names)} {self.names[index]}"
+        self.bar.update(self.task, completed=self.done, description=title, refresh=True)
+
+    def say(self, line: str) -> None:
+        """One line above the bar."""
+        self.bar.console.print(line, highlight=False, markup=False)
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        """Count a step; redraw a few times a second."""
+        self.done += 1
+        now = time.monotonic()
+        if now - self._drawn > REFRESH_SECONDS:
+            self._drawn = now
+            self.bar.update(self.task, completed=self.done, refresh=True)

@@ -1,0 +1,184 @@
+"""The metric keys of the contract, computed from a run's record.
+
+Point i sees rows <= i and the experiences trained by then. What is undefined (NaN) is left out: it is not
+logged.
+
+Legend: T experiences, row i: after i experiences, NN: an index padded with zeros to two digits, or to more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+import cl_moe.metrics.functional as F  # noqa: N812
+from cl_moe.errors import InputError
+from cl_moe.layers.routing import ExpertLoad
+from cl_moe.tracking.record import Record
+
+DEFAULT_OBJECTIVE = "stream/average_accuracy"
+
+_CLASSIFICATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "stream/average_accuracy": F.average_accuracy,
+    "stream/forgetting": F.forgetting,
+    "stream/backward_transfer": F.backward_transfer,
+    "stream/forward_transfer": F.forward_transfer,
+    "stream/average_anytime_accuracy": F.average_anytime_accuracy,
+    "stream/learning_accuracy": F.learning_accuracy,
+}
+# R holds minus the loss, so forgetting has its sign already: positive is a higher loss.
+_LANGUAGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "stream/average_loss": lambda R: -F.average_accuracy(R),
+    "stream/forgetting": F.forgetting,
+    "stream/backward_transfer": F.backward_transfer,
+    "stream/forward_transfer": F.forward_transfer,
+    "stream/average_anytime_loss": lambda R: -F.average_anytime_accuracy(R),
+    "stream/learning_loss": lambda R: -F.learning_accuracy(R),
+}
+_OF_SCORE: dict[str, Callable[[Tensor], Tensor]] = {
+    "usage": F.usage,
+    "unevenness": F.unevenness,
+    "entropy": F.normalized_entropy,
+    "effective_experts": F.effective_experts,
+}
+_OF_COUNT: dict[str, Callable[[Tensor], Tensor]] = {
+    "gini": F.gini,
+    "max_violation": F.max_violation,
+    "dead_fraction": F.dead_fraction,
+}
+
+
+def numbered(index: int, total: int = 0) -> str:
+    """``index`` as it stands in a key: two digits, or as many as the largest of ``total`` indices needs.
+
+    >>> numbered(3), numbered(3, total=120)
+    ('03', '003')
+    """
+    return f"{index:0{max(2, len(str(max(total - 1, index))))}d}"
+
+
+def stream_points(record: Record, i: int) -> dict[str, float]:
+    """Scores, forgetting and transfers at point i, by metric key.
+
+    Every experience's score is there at every point, also before it is trained: R[i, :]. Language models give
+    losses and transfers in nats per token and perplexities, and no accuracy key. A perplexity too large for a
+    float is left out; its loss is there.
+
+    Args:
+        record: with at least i + 1 rows.
+        i: number of experiences trained, 0 .. ``record.experiences_trained``.
+
+    Raises:
+        InputError: the record has no row i.
+    """
+    language = record.kind == "language"
+    seen = F.up_to(record.matrix, i)
+    T = len(record.names)
+    points: dict[str, float] = {}
+    for j, score in enumerate(record.rows[i].double().tolist()):
+        name = f"experience_{numbered(j, T)}"
+        if language:
+            points[f"loss/{name}"] = -score
+            points[f"perplexity/{name}"] = torch.tensor(-score, dtype=torch.float64).exp().item()
+        else:
+            points[f"accuracy/{name}"] = score
+    for j, value in enumerate(F.forgetting_per_experience(seen).tolist()):
+        points[f"forgetting/experience_{numbered(j, T)}"] = value
+    formulas = _LANGUAGE if language else _CLASSIFICATION
+    points.update({key: formula(seen).item() for key, formula in formulas.items()})
+    return _defined(points)
+
+
+def expert_points(record: Record, i: int) -> dict[str, float]:
+    """Expert loads and growth at point i, by metric key; empty for a model without expert layers.
+
+    Usage, unevenness, entropy and effective experts are of the score-weighted load, Gini, maximal violation
+    and the dead share of the counts, each over the evaluation data of the experiences trained so far. At i =
+    0 there are none, so only the numbers of experts are given. ``growth/shock`` is there where
+    ``record.shocks`` has i.
+
+    Args:
+        record: with at least i + 1 rows, loads and cohorts.
+        i: number of experiences trained.
+
+    Raises:
+        InputError: the record has no row i.
+    """
+    _check_row(record, i)
+    points: dict[str, float] = {}
+    cohorts = record.cohorts[i] if i < len(record.cohorts) else {}
+    for layer, members in cohorts.items():
+        prefix = f"experts/layer_{numbered(layer)}"
+        points[f"{prefix}/num_experts"] = float(sum(size for size, _, _ in members))
+        points[f"{prefix}/num_frozen"] = float(sum(size for size, _, frozen in members if frozen))
+    for layer, load in seen_loads(record, i).items():
+        prefix = f"experts/layer_{numbered(layer)}"
+        points.update({f"{prefix}/{name}": value for name, value in load_points(load).items()})
+    if cohorts:
+        points["growth/num_experts"] = float(sum(size for row in cohorts.values() for size, _, _ in row))
+    if i in record.shocks:
+        points["growth/shock"] = record.shocks[i]
+    return _defined(points)
+
+
+def load_points(load: ExpertLoad) -> dict[str, float]:
+    """The load metrics of one layer, by the last part of their keys; undefined ones are NaN."""
+    points = {name: formula(load.score).item() for name, formula in _OF_SCORE.items()}
+    points |= {name: formula(load.count).item() for name, formula in _OF_COUNT.items()}
+    points["drop_rate"] = F.drop_rate(load.kept, load.count.sum()).item()
+    return points
+
+
+def seen_loads(record: Record, i: int) -> dict[int, ExpertLoad]:
+    """Load of every expert layer on the data of experiences < i, measured with row i; {} at i = 0."""
+    if i == 0 or i >= len(record.loads):
+        return {}
+    return {
+        layer: reduce(ExpertLoad.merge, loads[:i]) for layer, loads in record.loads[i].items() if loads[:i]
+    }
+
+
+def objective(
+    record: Record, name: str = DEFAULT_OBJECTIVE, others: Mapping[str, float] | None = None
+) -> float:
+    """The number that a sweeper is given: a metric's value at the last point.
+
+    For a language model the default name means minus ``stream/average_loss``, so that higher is better there
+    too.
+
+    Args:
+        record: of the run, finished or not.
+        name: a metric key.
+        others: further metrics that may be named (costs, say), ``{key: value}``.
+
+    Raises:
+        InputError: no such metric, or it is undefined for this run.
+    """
+    last = record.experiences_trained
+    points = {**(others or {}), **stream_points(record, last), **expert_points(record, last)}
+    if record.kind == "language" and "stream/average_loss" in points:
+        points[DEFAULT_OBJECTIVE] = -points["stream/average_loss"]
+    if name not in points or not math.isfinite(points[name]):
+        raise InputError(
+            got=f"objective={name!r}, which this run does not define",
+            allowed=", ".join(sorted(points)) or "nothing: no experience was trained",
+            key="objective",
+        )
+    return points[name]
+
+
+def _check_row(record: Record, i: int) -> None:
+    """Refuse a point that was not measured."""
+    if not 0 <= i <= record.experiences_trained:
+        raise InputError(
+            got=f"i = {i}", allowed=f"0 .. {record.experiences_trained}, the rows so far", key="i"
+        )
+
+
+def _defined(points: dict[str, float]) -> dict[str, float]:
+    """Without NaN and infinity: the store keeps neither as what it is."""
+    return {key: value for key, value in points.items() if math.isfinite(value)}

@@ -1,0 +1,89 @@
+"""What every builder does alike: the order of a stream, its first experiences, cutting, checked numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from cl_moe.errors import InputError
+from cl_moe.seeds import generator
+from cl_moe.stream import Stream, cut
+
+T = TypeVar("T")
+
+
+def whole(value: object, key: str, low: int | None = None, high: int | None = None, what: str = "") -> int:
+    """``value`` if it is a whole number in ``low .. high`` (None: no bound).
+
+    Raises:
+        InputError: it is not; ``what`` says in the message what bounds it.
+
+    >>> whole(3, "stream.cut", 1, 4)
+    3
+    """
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if is_whole and (low is None or value >= low) and (high is None or value <= high):  # type: ignore[operator]
+        return value  # type: ignore[return-value]
+    bounds = f"{'' if low is None else low} .. {'' if high is None else high}".strip()
+    allowed = "a whole number" if low is None and high is None else f"a whole number in {bounds}"
+    raise InputError(got=f"{value!r}", allowed=f"{allowed}, {what}" if what else allowed, key=key)
+
+
+def arrange(items: Sequence[T], order: Sequence[T] | None, seed: int | None) -> list[T]:
+    """``items`` in the order in which they arrive.
+
+    Args:
+        items: what exists, in natural order, all different.
+        order: an explicit order, a permutation of ``items``; None for none.
+        seed: draws a permutation; None for none. With neither, the natural order.
+
+    Raises:
+        InputError: both given, or ``order`` is no permutation of ``items``.
+
+    >>> arrange(["a", "b", "c"], order=["c", "a", "b"], seed=None)
+    ['c', 'a', 'b']
+    """
+    known = list(items)
+    if order is not None and seed is not None:
+        raise InputError(
+            got=f"order {_shown(order)} and seed {seed!r}",
+            allowed="one of them: an explicit order, or a seed that draws one",
+            key="stream.order or seed.order",
+        )
+    if seed is not None:
+        drawn = torch.randperm(len(known), generator=generator(whole(seed, "seed.order"), "order"))
+        return [known[position] for position in drawn.tolist()]
+    if order is None:
+        return known
+    is_list = isinstance(order, Sequence) and not isinstance(order, str | bytes)
+    chosen = list(order) if is_list else []
+    if len(chosen) != len(known) or any(chosen.count(item) != 1 for item in known):
+        raise InputError(
+            got=f"order {_shown(order)}", allowed=f"null, or a permutation of {known}", key="stream.order"
+        )
+    return [known[known.index(item)] for item in chosen]
+
+
+def finish(stream: Stream, tune_on_first: int | None, parts: int, data_seed: int) -> Stream:
+    """The stream as it is used: its first experiences only, if asked for, then each cut into parts.
+
+    Args:
+        stream: the whole stream. ``num_classes`` stays that of the whole.
+        tune_on_first: how many experiences to keep, counted before cutting; None keeps all.
+        parts: how many shorter experiences each becomes; 1 leaves them whole.
+        data_seed: deals the training examples out to the parts.
+
+    Raises:
+        InputError: a number out of range.
+    """
+    if tune_on_first is not None:
+        kept = whole(tune_on_first, "stream.tune_on_first", 1, len(stream), "the experiences of the stream")
+        stream = replace(stream, experiences=stream[:kept])
+    return cut(stream, whole(parts, "stream.cut", 1), whole(data_seed, "seed.data"))
+
+
+def _shown(order: object) -> str:
+    return str(list(order)) if isinstance(order, Sequence) and not isinstance(order, str) else repr(order)

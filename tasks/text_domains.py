@@ -1,0 +1,138 @@
+"""Text domains: next-byte prediction on one domain of text after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from cl_moe.errors import InputError
+from cl_moe.stream import IGNORE, Experience, Stream
+from tasks.arrange import arrange, finish, whole
+from tasks.sources import available, find, read_parquet
+
+_NUM_BYTES = 256
+
+
+def text_domains(
+    domains: Sequence[str] = ("novels_en", "bible_en", "python_code"),
+    context: int = 128,
+    train_bytes: int | None = None,
+    test_bytes: int | None = None,
+    order: Sequence[str] | None = None,
+    seed: int | None = None,
+    cut: int = 1,
+    tune_on_first: int | None = None,
+    data_seed: int = 0,
+    column: str = "text",
+) -> Stream:
+    """One experience per domain, as bytes: inputs and targets (n, context) int64, target = the next byte.
+
+    A domain is a parquet file of that name with columns ``split`` (``train`` or ``validation``) and text. The
+    texts of a split follow each other in the file's order, with nothing between them; windows of ``context``
+    bytes do not overlap, and every byte but the first is predicted exactly once. The last window is padded
+    (input 0, target ``IGNORE``).
+
+    Args:
+        domains: which, in natural order, each once.
+        context: bytes per window, at least 1.
+        train_bytes: use only the first so many bytes of each domain's training text, at least 2; null: all
+            (1 to 2 million in the bundled files). A limit may split a character: the model sees bytes.
+        test_bytes: the same for the validation text (50 to 100 thousand bytes in the bundled files).
+        order: the domains in order of arrival, a permutation of ``domains``.
+        seed: draws that order; null and no ``order``: as in ``domains``.
+        cut: how many shorter experiences each domain is cut into.
+        tune_on_first: keep only so many domains, for choosing hyperparameters.
+        data_seed: deals windows out to the parts of ``cut``.
+        column: the column that holds the text.
+
+    Raises:
+        InputError: a value that is not allowed, a domain without a file, a file without the column.
+    """
+    names = arrange(_known(domains), order, seed)
+    size = whole(context, "stream.context", 1)
+    experiences = []
+    for index, name in enumerate(names):
+        train, test = _read(name, column)
+        experiences.append(
+            Experience(
+                index=index,
+                name=name,
+                train=windows(_first(train, train_bytes, f"{name}, train", "stream.train_bytes"), size),
+                test=windows(_first(test, test_bytes, f"{name}, validation", "stream.test_bytes"), size),
+            )
+        )
+    whole_stream = Stream(
+        name="text_domains",
+        kind="language",
+        scenario="domain",
+        experiences=tuple(experiences),
+        num_classes=_NUM_BYTES,
+        input_shape=(size,),
+    )
+    return finish(whole_stream, tune_on_first, cut, data_seed)
+
+
+def windows(text: bytes, context: int) -> TensorDataset:
+    """Non-overlapping windows of a text of at least 2 bytes: inputs and targets (n, context) int64.
+
+    >>> inputs, targets = windows(b"abcd", 2).tensors
+    >>> inputs.tolist(), targets.tolist()
+    ([[97, 98], [99, 0]], [[98, 99], [100, -100]])
+    """
+    stream: Tensor = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(torch.int64)
+    count = -(-(len(stream) - 1) // context)
+    inputs = torch.zeros(count * context, dtype=torch.int64)
+    targets = torch.full((count * context,), IGNORE, dtype=torch.int64)
+    inputs[: len(stream) - 1] = stream[:-1]
+    targets[: len(stream) - 1] = stream[1:]
+    return TensorDataset(inputs.view(count, context), targets.view(count, context))
+
+
+def _known(domains: Sequence[str]) -> list[str]:
+    """The domains as a list of different names of text files that exist."""
+    is_list = isinstance(domains, Sequence) and not isinstance(domains, str | bytes)
+    names = list(domains) if is_list else []
+    right = names and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+    if not right:
+        raise InputError(
+            got=f"domains {names or domains!r}",
+            allowed=f"a list of different names of: {', '.join(available())}",
+            key="stream.domains",
+        )
+    for name in names:
+        find(f"{name}.parquet", "stream.domains")
+    return names
+
+
+def _read(name: str, column: str) -> tuple[bytes, bytes]:
+    """The training and the validation text of a domain."""
+    path = find(f"{name}.parquet", "stream.domains")
+    table = read_parquet(path, [("split", "stream.domains"), (column, "stream.column")])
+    unknown = set(table["split"]) - {"train", "validation"}
+    if unknown:
+        raise InputError(
+            got=f"{path} with splits {sorted(set(table['split']))}",
+            allowed="train and validation",
+            key="stream.domains",
+        )
+    train, test = (
+        "".join(text for text, split in zip(table[column], table["split"], strict=True) if split == wanted)
+        for wanted in ("train", "validation")
+    )
+    return train.encode(), test.encode()
+
+
+def _first(text: bytes, limit: int | None, what: str, key: str) -> bytes:
+    """The first ``limit`` bytes, all for None."""
+    if len(text) < 2:
+        raise InputError(
+            got=f"{len(text)} bytes of {what}",
+            allowed="at least 2: a byte and the next",
+            key="stream.domains",
+        )
+    if limit is None:
+        return text
+    return text[: whole(limit, key, 2, len(text), f"the bytes of {what}; or null for all")]

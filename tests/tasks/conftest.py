@@ -1,0 +1,46 @@
+"""What the stream tests share."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+
+@pytest.fixture(autouse=True, scope="session")
+def named_data() -> Iterable[str | None]:
+    """Only the package's own data, whatever the machine has; a test that wants the named folder sets it."""
+    named = os.environ.get("CL_MOE_DATA") or None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CL_MOE_DATA", raising=False)
+        yield named
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every attempt to open a connection fails the test."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a stream reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="session")
+def rows() -> Callable[[Iterable[TensorDataset]], Counter[bytes]]:
+    """The multiset of (input, target) rows of several data sets."""
+
+    def count(parts: Iterable[TensorDataset]) -> Counter[bytes]:
+        counted: Counter[bytes] = Counter()
+        for part in parts:
+            columns = [tensor.reshape(len(part), -1).to(torch.float64) for tensor in part.tensors]
+            counted.update(row.tobytes() for row in torch.cat(columns, dim=1).numpy())
+        return counted
+
+    return count
