@@ -25,14 +25,24 @@ log = logging.getLogger(__name__)
 
 
 def save(folder: Path, boundary: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the state after ``boundary`` experiences; then let go of all but the newest ``keep``."""
+    """Write the state after ``boundary`` experiences; then let go of all but the newest ``keep``.
+
+    Files of this boundary or a later one that stand there already were passed over when the run was resumed:
+    they are bad or of another future, and go first, so that they never push out a good one.
+    """
+    if keep < 1:
+        raise InputError(got=f"keep_checkpoints={keep}", allowed="at least 1", key="keep_checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
+    for half_written in folder.glob(".boundary_*.pt.*"):  # of a process that was killed; there is one writer
+        half_written.unlink()
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "boundary": boundary, **state}, buffer)
     content = buffer.getbuffer()
     path = folder / f"boundary_{boundary:03d}-{_digest(content)}.pt"
     write_atomically(path, content)
-    for old in _candidates(folder)[keep:]:
+    others = [other for other in _candidates(folder) if other != path]
+    past = [other for other in others if _boundary(other) < boundary]
+    for old in [*(other for other in others if other not in past), *past[keep - 1 :]]:
         old.unlink()
     return path
 
@@ -78,7 +88,11 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 def _candidates(folder: Path) -> list[Path]:
     """Checkpoints by name, newest first."""
     found = [path for path in folder.glob("boundary_*.pt") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (int(path.name.split("_")[1].split("-")[0]), path.name), reverse=True)
+    return sorted(found, key=lambda path: (_boundary(path), path.name), reverse=True)
+
+
+def _boundary(path: Path) -> int:
+    return int(path.name.removeprefix("boundary_").split("-")[0])
 
 
 def _read(path: Path) -> dict[str, Any] | None:

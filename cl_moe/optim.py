@@ -62,7 +62,7 @@ class SGD(OptimizerSpec):
 
 
 class AdamW(OptimizerSpec):
-    """Adam with decoupled weight decay, on matrices only: norms and biases are not decayed."""
+    """Adam with decoupled weight decay, on matrices only: norms and biases (experts' too) are not decayed."""
 
     def __init__(
         self,
@@ -78,10 +78,10 @@ class AdamW(OptimizerSpec):
 
     def build(self, parameters: Named) -> torch.optim.Optimizer:
         """``torch.optim.AdamW`` (fused) over what learns, in two groups."""
-        learning = [parameter for _, parameter in parameters if parameter.requires_grad]
+        learning = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
         groups = [
-            {"params": [p for p in learning if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for name, p in learning if _is_matrix(name, p)], "weight_decay": self.weight_decay},
+            {"params": [p for name, p in learning if not _is_matrix(name, p)], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(
             [group for group in groups if group["params"]],
@@ -90,6 +90,11 @@ class AdamW(OptimizerSpec):
             eps=self.eps,
             fused=True,
         )
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay is for it; the biases of a cohort's experts are stacked, and biases all the same."""
+    return parameter.ndim >= 2 and name.rpartition(".")[2] not in ("b_in", "b_out")
 
 
 def state_by_name(optimizer: torch.optim.Optimizer, parameters: Named) -> OptimizerState:

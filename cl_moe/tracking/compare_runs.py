@@ -33,12 +33,14 @@ class Run:
         started: milliseconds since 1970.
         about: params and tags by key; a tag goes before a param of the same name.
         metrics: last value of every metric, and of ``experts/<name>`` the mean over the layers.
+        artifacts: where its files are: a folder, or a URI that MLflow understands.
     """
 
     run_id: str
     started: int
     about: dict[str, str]
     metrics: dict[str, float]
+    artifacts: str = ""
 
     @property
     def stream(self) -> str:
@@ -191,7 +193,7 @@ def _read(stored: StoredRun) -> Run:
             layers.setdefault(f"experts/{match['name']}", []).append(value)
     metrics |= {key: sum(values) / len(values) for key, values in layers.items()}
     about = {**stored.data.params, **stored.data.tags}
-    return Run(stored.info.run_id, stored.info.start_time, about, metrics)
+    return Run(stored.info.run_id, stored.info.start_time, about, metrics, stored.info.artifact_uri)
 
 
 def _left_out(stored: Iterable[StoredRun]) -> list[str]:

@@ -105,7 +105,8 @@ def score_table(one: Comparison) -> Table:
 def cost_table(one: Comparison) -> Table:
     """The difference from the baseline with its interval; experts' load and cost, means only."""
     keys = [key for key in one.rows[0].metrics if key in _COSTS]
-    title = f"{one.stream}: {head(one.metric)} against {one.baseline or 'no baseline'}; experts; cost"
+    better = "lower" if lower_is_better(one.metric) else "higher"
+    title = f"{head(one.metric)} ({better} is better) minus that of {one.baseline or 'no baseline'}; experts; cost"
     table = _table(title)
     table.add_column("difference", justify="right")
     table.add_column("95% interval (pairs)", justify="right")

@@ -19,7 +19,7 @@ from scipy import stats
 from cl_moe.errors import InputError
 from cl_moe.layers.routing import ExpertLoad
 from cl_moe.tracking import names, store
-from cl_moe.tracking.artifacts import MATRIX, write_artifacts
+from cl_moe.tracking.artifacts import LOADS, MATRIX, write_loads, write_matrix
 from cl_moe.tracking.compare import compare, main
 from cl_moe.tracking.compare_runs import Arm, Run, choose_baseline, lower_is_better
 from cl_moe.tracking.compare_statistics import paired_difference, spread
@@ -54,8 +54,8 @@ def _record(seed: int, bonus: float, kind: str = "classification", experts: bool
 
 
 def _store_run(
-    uri: str, folder: Path, arm: str, seed: int, record: Record, *, status: str = "finished", artifacts: bool = True,
-    experiment: str = "test", order: str = "natural", **tags: str,
+    uri: str, folder: Path, arm: str, seed: int, record: Record, *, status: str = "finished",
+    artifacts: bool = True, experiment: str = "test", **tags: str,
 ) -> str:  # fmt: skip
     folder.mkdir(parents=True)
     tracker = MLflowTracker(uri, experiment)
@@ -66,14 +66,15 @@ def _store_run(
         "growth": "never",
         "sweep": "one",
     }
-    labels |= {"seed.init": str(seed), "seed.order": order, "seed.data": str(seed)} | tags
+    labels |= {"seed.init": str(seed), "seed.order": "natural", "seed.data": str(seed)} | tags
     tracker.start(folder, f"{arm} {seed}", {"arm": arm, "layer.num_experts": N}, labels)
     for i in range(len(record.rows)):
         tracker.add(names.stream_points(record, i) | names.expert_points(record, i), i)
     tracker.add({"cost/seconds": 10.0 + seed, "cost/params_total": 1234567.0}, 30)
     if artifacts:
-        for path in write_artifacts(record, folder):
-            tracker.artifact(path)
+        tracker.artifact(write_matrix(record, folder / MATRIX))
+        if any(record.loads):
+            tracker.artifact(write_loads(record, folder / LOADS))
     tracker.finish(status)  # type: ignore[arg-type]
     return tracker.run_id
 
@@ -167,7 +168,7 @@ def test_group_by_keys_metric_and_baseline(stored: Stored, tmp_path: Path) -> No
     result = compare(stored.uri, "test", group_by=keys, metric="stream/forgetting", out=tmp_path,
                      baseline="strategy=replay, layer.num_experts=6")  # fmt: skip
     assert [row.arm for row in result.comparisons[0].rows][1] == "strategy=naive, layer.num_experts=6"
-    assert list(result.comparisons[0].rows[0].metrics)[0] == "stream/forgetting"
+    assert next(iter(result.comparisons[0].rows[0].metrics)) == "stream/forgetting"
 
 
 @pytest.mark.parametrize(
@@ -210,8 +211,8 @@ def test_command_prints_and_names_files(
     monkeypatch.chdir(tmp_path)
     main(["--uri", stored.uri, "--experiment", "test"])
     printed = capsys.readouterr().out
-    for expected in ("naive", "replay", "accuracy", "comparison/summary.csv", "comparison/expert_load.png",
-                     f"mlflow server --backend-store-uri {stored.uri} --host 127.0.0.1 --port 5000"):  # fmt: skip
+    server = f"mlflow server --backend-store-uri {stored.uri} --host 127.0.0.1 --port 5000"
+    for expected in ("naive", "replay", "accuracy", "comparison/summary.csv", "expert_load.png", server):
         assert expected in printed
     tables = printed.split("Written:")[0]
     assert max(len(line.rstrip()) for line in tables.splitlines()) <= 100
@@ -232,9 +233,10 @@ def test_command_fails_in_three_parts(
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys\nfrom cl_moe.tracking.compare import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-    code += (
-        "print([m for m in ('mlflow', 'torch', 'matplotlib', 'rich', 'pandas', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys\nfrom cl_moe.tracking.compare import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('mlflow', 'torch', 'matplotlib', 'rich', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
