@@ -32,8 +32,8 @@ check: $(STAMP) ## format, lint, types, floors, tests; the first that fails is n
 	@$(call step,format,$(PY) -m ruff format --check .)
 	@$(call step,lint,$(PY) -m ruff check .)
 	@$(call step,types,$(PY) -m mypy)
-	@$(call step,floors,$(PY) -m pytest tests/test_architecture.py)
-	@$(call step,tests,$(PYTEST) -m "not slow" --ignore=tests/test_architecture.py)
+	@$(call step,floors,$(PY) -m pytest tests/test_architecture.py tests/test_source.py)
+	@$(call step,tests,$(PYTEST) -m "not slow" --ignore=tests/test_architecture.py --ignore=tests/test_source.py)
 	@echo "check: all passed"
 
 step = echo "check: $(1)"; $(2) || { echo "check: $(1) failed" >&2; exit 1; }
@@ -53,7 +53,7 @@ clean: ## remove .venv, builds and caches; runs and their results stay
 $(STAMP): pyproject.toml constraints.txt $(FRESH)
 	@rm -f $(STAMP) $(VENV)/.extras
 	@if [ -n "$(FRESH)" ]; then $(find_python); "$$python" -m venv --clear $(VENV) || { $(no_venv); exit 1; }; fi
-	@echo "installing into $(VENV): one to three minutes, about 2 GB (more with CUDA)"
+	@echo "installing into $(VENV): a few minutes, about 2 GB (more with CUDA)"
 	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@echo "$(CURDIR)" > $(STAMP)
 
@@ -64,7 +64,7 @@ $(VENV)/.extras: $(STAMP)
 # Candidates are run, not looked up: a launcher may exist without the Python that it launches.
 find_python = python=; got=; \
 	for candidate in $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3 python); do \
-	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+	  if [ "$$("$$candidate" -c 'import sys; print(sys.version_info >= (3, 11))' 2>/dev/null)" = True ]; \
 	  then python=$$candidate; break; fi; \
 	  got="$$got $$candidate ($$("$$candidate" -V 2>&1 | head -n 1))"; \
 	done; \

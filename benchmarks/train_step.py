@@ -150,7 +150,9 @@ def main(repetitions: int = 7) -> int:
                 if repetition:  # the first round warms up
                     times[name].append(seconds / iterations * 1000)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    table = Table(title=f"split digits, naive, batch {BATCH}: CPU ms per iteration, {repetitions} repetitions")
+    table = Table(
+        title=f"split digits, naive, batch {BATCH}: CPU ms per iteration, {repetitions} repetitions"
+    )
     for column in ("", "median", "min", "max", "cl-moe is", "at most"):
         table.add_column(column, justify="left" if not column else "right")
     broken = False

@@ -1,8 +1,8 @@
 """Checkpoints at the boundaries between experiences: atomic, verified, plain.
 
-A checkpoint is one file, ``boundary_003-<digest>.pt``: written beside its name, flushed to the disk, renamed. The
-name carries the first 16 hexadecimal digits of the SHA-256 of its content, so a file that was cut or flipped is
-noticed before it is read. It holds tensors and plain Python, and loads with ``weights_only=True``.
+A checkpoint is one file, ``boundary_003-<digest>.pt``: written beside its name, flushed to the disk, renamed.
+The name carries the first 16 hexadecimal digits of the SHA-256 of its content, so a file that was cut or
+flipped is noticed before it is read. It holds tensors and plain Python, and loads with ``weights_only=True``.
 """
 
 from __future__ import annotations

@@ -106,7 +106,9 @@ def _run_folder(name: str, *uri: str) -> Path:
         folder = Path(find_run(name, *uri).get("output_dir", ""))
     if not (folder / ".hydra" / "overrides.yaml").is_file():
         raise InputError(
-            got=f"resume={name}", allowed="the output folder or MLflow run id of a run of cl-moe", key="resume"
+            got=f"resume={name}",
+            allowed="the output folder or MLflow run id of a run of cl-moe",
+            key="resume",
         )
     return folder.resolve()
 

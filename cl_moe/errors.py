@@ -28,4 +28,4 @@ def _rebuild_input_error(got: str, allowed: str, key: str) -> InputError:
 
 
 class RunFailedError(RuntimeError):
-    """The run failed for a named reason (exit status 1): the message says what, what was kept, how to go on."""
+    """The run failed for a named reason (status 1): the message says what, what was kept, how to go on."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from cl_moe.batches import evaluation_loader
 from cl_moe.layers.routing import ExpertLoad
 from cl_moe.learner import Learner
-from cl_moe.metrics import ExpertLoads, ExperienceScores
+from cl_moe.metrics import ExperienceScores, ExpertLoads
 from cl_moe.stream import Experience
 
 

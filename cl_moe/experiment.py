@@ -50,6 +50,4 @@ def fit(run: Run, experience: Experience) -> None:
 
 def measure(run: Run) -> int:
     """Measure a row of the accuracy matrix on every experience's test data; returns its number."""
-    return run.close_boundary(
-        evaluate(run.trainer, run.learner, run.stream[:], run.spec.eval_batch_size)
-    )
+    return run.close_boundary(evaluate(run.trainer, run.learner, run.stream[:], run.spec.eval_batch_size))

@@ -23,8 +23,9 @@ from cl_moe.seeds import seeded
 
 GROUPS = ("stream", "model", "layer", "router", "growth", "freeze", "optimizer", "trainer", "tracking")
 # What never makes another arm: where and when it ran, which seeds, and the groups that are named anyway.
-NOT_ARM = ("seed.", "stream=", "layer=", "router=", "growth=", "freeze=", "strategy=", "tracking", "output_dir=")
-NOT_ARM += ("resume=", "objective=", "keep_checkpoints=", "experiment=", "hydra", "arm=", "+experiment=")
+NOT_ARM = tuple(f"{group}=" for group in ("stream", "layer", "router", "growth", "freeze", "strategy"))
+NOT_ARM += ("seed.", "tracking", "output_dir=", "resume=", "objective=", "keep_checkpoints=", "hydra")
+NOT_ARM += ("arm=", "experiment=", "mlflow_experiment=")
 
 
 def run(config: DictConfig) -> float:
@@ -142,7 +143,7 @@ def tags(config: DictConfig, scenario: str, folder: Path) -> dict[str, str]:
 def arm_name(labels: Mapping[str, str], overrides: list[str]) -> str:
     """A short readable name, the same over seeds and orders, another for another configuration.
 
-    >>> labels = {"layer": "peer", "router": "product_key", "growth": "at", "freeze": "never", "strategy": "lwf"}
+    >>> labels = {"layer": "peer", "router": "", "growth": "at", "freeze": "never", "strategy": "lwf"}
     >>> arm_name(labels, ["layer=peer", "strategy=lwf", "seed.init=3", "strategy.lwf.alpha=2"])
     'peer at lwf strategy.lwf.alpha=2'
     """
@@ -156,7 +157,8 @@ def flatten(config: DictConfig) -> dict[str, object]:
     """Resolved leaves under dotted keys; a node that stands in several places is listed where it belongs."""
     raw = OmegaConf.to_container(config, resolve=False)
     resolved = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(raw, dict) and isinstance(resolved, dict)
+    assert isinstance(raw, dict)
+    assert isinstance(resolved, dict)
     return dict(_leaves(_own(raw, resolved)))
 
 

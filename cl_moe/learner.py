@@ -17,7 +17,7 @@ from torch import Tensor
 from cl_moe.errors import InputError, RunFailedError
 from cl_moe.growth.adapt import Event, replay
 from cl_moe.layers.routing import fold_load
-from cl_moe.metrics import ExpertLoads, ExperienceScores
+from cl_moe.metrics import ExperienceScores, ExpertLoads
 from cl_moe.models.base import ContinualModel
 from cl_moe.optim import OptimizerSpec, OptimizerState, load_state_by_name, state_by_name
 from cl_moe.seeds import derive_seed
@@ -172,7 +172,8 @@ class Learner(L.LightningModule):
         mask = padding_mask(targets) if self.kind == "language" else None
         logits, routings = self.model(inputs, mask=mask)
         total, count = self.score(logits, targets)
-        assert self.scores is not None and self.loads is not None
+        assert self.scores is not None
+        assert self.loads is not None
         self.scores.update(dataloader_idx, total, count)
         self.loads.update(dataloader_idx, {block: fold_load(r) for block, r in routings.items()})
 
@@ -183,9 +184,7 @@ class Learner(L.LightningModule):
         """
         if self.kind == "language":
             flat = targets.flatten()
-            loss = F.cross_entropy(
-                logits.flatten(0, 1).float(), flat, ignore_index=IGNORE, reduction="none"
-            )
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=IGNORE, reduction="none")
             return -loss.double().sum(), (flat != IGNORE).sum()
         count = torch.tensor(len(targets))
         if logits.shape[1] == 0:

@@ -56,9 +56,7 @@ class SGD(OptimizerSpec):
     def build(self, parameters: Named) -> torch.optim.Optimizer:
         """``torch.optim.SGD`` over what learns."""
         learning = [parameter for _, parameter in parameters if parameter.requires_grad]
-        return torch.optim.SGD(
-            learning, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
-        )
+        return torch.optim.SGD(learning, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
 
 class AdamW(OptimizerSpec):
@@ -93,7 +91,7 @@ class AdamW(OptimizerSpec):
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay is for it; the biases of a cohort's experts are stacked, and biases all the same."""
+    """Whether weight decay is for it; the stacked biases of a cohort are biases all the same."""
     return parameter.ndim >= 2 and name.rpartition(".")[2] not in ("b_in", "b_out")
 
 

@@ -144,7 +144,9 @@ class Run:
         """Note how the mean score on the experiences seen jumped when the model grew."""
         seen = len(after.row)
         before = self.measured.rows[-1][:seen].mean()
-        self.measured.shocks[seen] = (after.row.mean() - before).item()
+        shock = (after.row.mean() - before).item()
+        self.measured.shocks[seen] = shock
+        self.tracker.add({"growth/shock": shock}, seen)
 
     def close_boundary(self, evaluation: Evaluation) -> int:
         """Record a row, save a checkpoint that holds the unsent points, then send them."""

@@ -53,7 +53,7 @@ class Stream(Sequence[Experience]):
     Args:
         name: the stream's name, e.g. ``"split_digits"``.
         kind: what is learned: ``"classification"`` or ``"language"`` (next-token prediction).
-        scenario: task-, domain- or class-incremental (van de Ven et al. 2022); language is domain-incremental.
+        scenario: task-, domain- or class-incremental (van de Ven et al. 2022); language: domain.
         experiences: numbered 0 .. T-1.
         num_classes: distinct classes over the whole stream, or the vocabulary size.
         input_shape: shape of one input without the batch; ``(S,)`` for language.

@@ -56,9 +56,7 @@ class TrainerSpec:
                     got=f"{name}={value!r}", allowed="a whole number, at least 1", key=f"trainer.{name}"
                 )
         if devices != 1:
-            raise InputError(
-                got=f"devices={devices}", allowed="1 with trainer=auto", key="trainer.devices"
-            )
+            raise InputError(got=f"devices={devices}", allowed="1 with trainer=auto", key="trainer.devices")
         self.epochs, self.batch_size, self.eval_batch_size = epochs, batch_size, eval_batch_size
         self.accelerator, self.devices, self.precision = accelerator, devices, precision
         self.threads, self.gradient_clip = threads, gradient_clip

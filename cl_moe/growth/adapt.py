@@ -112,8 +112,8 @@ def apply(model: ContinualModel, event: Event, loads: Mapping[int, Tensor | None
 def freeze_all(model: ContinualModel) -> None:
     """Stop every parameter and every running statistic that exists now."""
     for part in model.modules():
-        if hasattr(part, "freeze_statistics"):
-            part.freeze_statistics()
+        if callable(stop := getattr(part, "freeze_statistics", None)):
+            stop()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None

@@ -87,7 +87,8 @@ class ExpertPool(nn.ModuleList):
             start_n1 = start_N1[first : last + 1] - bounds[first]
             outs.append(self[index](rows_MD[bounds[first] : bounds[last]], start_n1))
         with no_autocast(x_TD):
-            out_TD = pair_sum(wide(weight_M), wide(torch.cat(outs)), slots)
+            out_MD = wide(torch.cat(outs))
+            out_TD = pair_sum(weight_M.to(out_MD.dtype), out_MD, slots)
         return out_TD.to(x_TD.dtype)
 
 

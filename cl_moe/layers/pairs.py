@@ -27,6 +27,7 @@ class Pairs:
         column_P: (P,) int64 in [0, C); a column may stand twice in a row.
         num_columns: C.
         transpose: the same pairs sorted by column, and the order (P,) that sorts them, where already known.
+        max_per_row: how many pairs a row may have; 0: its columns are all different.
     """
 
     def __init__(
@@ -35,24 +36,31 @@ class Pairs:
         column_P: Tensor,
         num_columns: int,
         transpose: tuple[Pairs, Tensor] | None = None,
+        max_per_row: int = 0,
     ) -> None:
         self.start_R1, self.column_P, self.num_columns = start_R1, column_P, num_columns
         self._transpose = transpose
+        # torch's sampled product refuses more pairs than the full matrix has entries; and the choice must not
+        # depend on the pairs themselves, since the two ways differ in their last bits
+        self.full_product = max_per_row > num_columns
 
     @property
     def num_rows(self) -> int:
         """R."""
         return self.start_R1.numel() - 1
 
+    def rows(self) -> Tensor:
+        """(P,) the row of every pair."""
+        row_R = torch.arange(self.num_rows, device=self.column_P.device)
+        return row_R.repeat_interleave(self.start_R1.diff(), output_size=self.column_P.numel())
+
     def transpose(self) -> tuple[Pairs, Tensor]:
         """The pairs sorted by column (stable), and the order (P,) that sorts them; sorted once, then kept."""
         if self._transpose is None:
             column_P, order_P = torch.sort(self.column_P, stable=True)
-            row_R = torch.arange(self.num_rows, device=column_P.device)
-            row_P = row_R.repeat_interleave(self.start_R1.diff(), output_size=column_P.numel())
             boundary_C1 = torch.arange(self.num_columns + 1, device=column_P.device)
             start_C1 = torch.searchsorted(column_P, boundary_C1)
-            self._transpose = (Pairs(start_C1, row_P[order_P], self.num_rows), order_P)
+            self._transpose = (Pairs(start_C1, self.rows()[order_P], self.num_rows), order_P)
         return self._transpose
 
 
@@ -60,7 +68,7 @@ def regular_pairs(column_RK: Tensor, num_columns: int) -> Pairs:
     """K columns for every row."""
     num_rows, per_row = column_RK.shape
     start_R1 = torch.arange(num_rows + 1, device=column_RK.device) * per_row
-    return Pairs(start_R1, column_RK.reshape(-1), num_columns)
+    return Pairs(start_R1, column_RK.reshape(-1), num_columns, max_per_row=per_row)
 
 
 def pair_dot(a_RD: Tensor, b_CD: Tensor, pairs: Pairs) -> Tensor:
@@ -84,6 +92,8 @@ def pair_gather(table_RD: Tensor, pairs: Pairs) -> Tensor:
 def _dot(a_RD: Tensor, b_CD: Tensor, pairs: Pairs) -> Tensor:
     if pairs.column_P.numel() == 0:
         return a_RD.new_zeros(0)
+    if pairs.full_product:
+        return (a_RD @ b_CD.t())[pairs.rows(), pairs.column_P]
     _warn_sparse_beta()
     pattern = torch.sparse_csr_tensor(
         pairs.start_R1,

@@ -27,8 +27,8 @@ class PEER(ExpertLayer):
 
     f(x) = sum over heads, sum over the k retrieved i of g_i(x) act(u_i . x) v_i (2407.04153, equations 1 to
     5), g the softmax over a head's k scores. All heads share experts and keys. Several cohorts compete: a
-    head takes the exact top k over all cohorts' experts; ties go to the oldest. Retrieval and experts compute in
-    float32 or wider. With k = 1 and h heads it equals a feed-forward layer with h hidden units.
+    head takes the exact top k over all cohorts' experts; ties go to the oldest. Retrieval and experts compute
+    in float32 or wider. With k = 1 and h heads it equals a feed-forward layer with h hidden units.
 
     Args:
         dim: D, width of input and output.
@@ -55,6 +55,7 @@ class PEER(ExpertLayer):
         self.key_dim = dim if key_dim is None else key_dim
         self.activation = activation_by_name(activation)
         _check_queries(heads, self.key_dim, query_norm)
+        grid_size(num_experts, key="layer.num_experts")
         self._check_k(num_experts)
         self._value_std = balanced_value_std(activation, heads, k)
         self.query = nn.Linear(dim, heads * self.key_dim)
@@ -158,7 +159,9 @@ class PEER(ExpertLayer):
             own = (routing.expert >= first) & (routing.expert < first + sizes[c])
             at_P = own.reshape(-1).nonzero().squeeze(-1)
             start_T1 = nn.functional.pad(own.sum(dim=1).cumsum(dim=0), (1, 0))
-            pairs = Pairs(start_T1, routing.expert.reshape(-1)[at_P] - first, sizes[c])
+            pairs = Pairs(
+                start_T1, routing.expert.reshape(-1)[at_P] - first, sizes[c], max_per_row=own.shape[1]
+            )
             weight_P = routing.weight.reshape(-1).index_select(0, at_P)
             out_TD = out_TD + self._cohort_out(self._cohort(c), x_TD, pairs, weight_P)
         return out_TD

@@ -33,7 +33,7 @@ def top_k_first(score_RN: Tensor, k: int, rank_RN: Tensor | None = None) -> Tens
     if rank_RN is None:
         rank_RN = torch.arange(score_RN.shape[1], device=score_RN.device)
     bits_RN = (score_RN + 0.0).view(torch.int32)  # + 0.0: minus zero equals zero
-    bits_RN = bits_RN ^ ((bits_RN >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    bits_RN ^= (bits_RN >> 31).bitwise_and_(0x7FFFFFFF)  # integers in the order of the floats
     key_RN = bits_RN.long().bitwise_left_shift_(32).bitwise_or_(_MAX_RANK - rank_RN)
     return key_RN.topk(k, dim=-1).indices
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from cl_moe.layers.routing import Routing
 from cl_moe.models.base import ContinualModel, Head
-from cl_moe.models.slots import LayerFactory, fill_slots, slot_blocks
+from cl_moe.models.slots import LayerFactory, cohorts_of, fill_slots, slot_blocks
 
 
 class MLPClassifier(ContinualModel):
     """Stem, feed-forward slots, growing head; ReLU after the stem and after each slot.
 
-    With ``layer=dense`` and ``ffn_hidden=None`` a slot is one linear map, so ``width=256, num_blocks=1`` on 64
-    inputs is the plain 64-256-256-C network of the peers' protocol.
+    With ``layer=dense`` and ``ffn_hidden=None`` a slot is one linear map, so ``width=256, num_blocks=1`` on
+    64 inputs is the plain 64-256-256-C network of the peers' protocol.
 
     Args:
         input_shape: shape of one input; flattened.
@@ -65,7 +65,7 @@ class MLPClassifier(ContinualModel):
         x_BD = torch.relu(self.stem(inputs.flatten(1)))
         routings = {}
         for index, block in enumerate(self.blocks):
-            out_BD, routing = block(x_BD, mask=mask, cohorts=cohorts)
+            out_BD, routing = block(x_BD, mask=mask, cohorts=cohorts_of(block, cohorts))
             if routing.num_experts:
                 routings[index] = routing
             # A block of its own beside the dense ones has to be a residual one, or it would replace them.

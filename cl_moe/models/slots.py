@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 from torch import nn
@@ -18,9 +18,9 @@ LayerFactory = Callable[..., ExpertLayer]
 def slot_blocks(slots: str, num_blocks: int) -> tuple[list[int], int]:
     """Block indices that take the layer, and how many blocks there are in all.
 
-    ``all``; ``every_other``: blocks 1, 3, ..., as Switch and GShard do; ``middle``: block ``num_blocks // 2``,
-    where PEER stands; ``added``: every block stays dense, and one more block, the layer alone, is put into the
-    middle.
+    ``all``; ``every_other``: blocks 1, 3, ..., as Switch and GShard do; ``middle``: block
+    ``num_blocks // 2``, where PEER stands; ``added``: every block stays dense, and one more block, the layer
+    alone, is put into the middle.
 
     >>> slot_blocks("every_other", 4), slot_blocks("middle", 3), slot_blocks("added", 2)
     (([1, 3], 4), ([1], 3), ([1], 3))
@@ -50,3 +50,8 @@ def fill_slots(
         layer(dim=width) if index in chosen else DenseFFN(width, ffn_hidden, activation)
         for index in range(total)
     )
+
+
+def cohorts_of(block: nn.Module, cohorts: Sequence[int] | None) -> Sequence[int] | None:
+    """The cohorts that were asked for, for a block that has any: a dense one has nothing to choose from."""
+    return cohorts if isinstance(block, ExpertLayer) and len(block.cohorts) > 0 else None

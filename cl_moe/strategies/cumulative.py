@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cl_moe.stream import Stream, concatenate
 from cl_moe.strategies.base import Strategy
+from cl_moe.stream import Stream, concatenate
 
 
 class Cumulative(Strategy):

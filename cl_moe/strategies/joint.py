@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from torch.utils.data import TensorDataset
 
-from cl_moe.stream import Stream, concatenate, take
 from cl_moe.strategies.base import Strategy
+from cl_moe.stream import Stream, concatenate, take
 
 
 class Joint(Strategy):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cl_moe.strategies.base import Step
-from cl_moe.strategies.teacher import DistillingStrategy, squared_distance
+from cl_moe.strategies.teacher import DistillingStrategy, check_weight, squared_distance
 
 
 class LifelongMoE(DistillingStrategy):
@@ -22,6 +22,9 @@ class LifelongMoE(DistillingStrategy):
     """
 
     def __init__(self, strength: float = 1.0, temperature: float = 1.0, l2: float = 0.0) -> None:
+        check_weight(strength, "strategy.lifelong_moe.strength")
+        check_weight(temperature, "strategy.lifelong_moe.temperature", above=True)
+        check_weight(l2, "strategy.lifelong_moe.l2")
         super().__init__(strength, temperature)
         self.l2 = l2
 

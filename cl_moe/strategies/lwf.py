@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cl_moe.strategies.base import Step
-from cl_moe.strategies.teacher import DistillingStrategy
+from cl_moe.strategies.teacher import DistillingStrategy, check_weight
 
 
 class LwF(DistillingStrategy):
@@ -20,6 +20,8 @@ class LwF(DistillingStrategy):
     """
 
     def __init__(self, alpha: float = 1.0, temperature: float = 2.0) -> None:
+        check_weight(alpha, "strategy.lwf.alpha")
+        check_weight(temperature, "strategy.lwf.temperature", above=True)
         super().__init__(alpha, temperature)
 
     def loss(self, step: Step) -> dict[str, Tensor]:

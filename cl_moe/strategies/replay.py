@@ -1,4 +1,4 @@
-"""Experience replay with a reservoir (Chaudhry et al. 2019, "On tiny episodic memories", arXiv 1902.10486)."""
+"""Experience replay with a reservoir (Chaudhry et al. 2019, "On tiny episodic memories", 1902.10486)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cl_moe.strategies.base import Batch, Outlook, Strategy, tensor_bytes
 class Replay(Strategy):
     """Adds examples of the past to every batch, from a memory filled by reservoir sampling (Vitter 1985).
 
-    The memory takes in an experience after it was trained, each training example once, so that after n examples
-    each of them is in the memory with probability ``memory_size / n``, whatever the number of epochs.
+    The memory takes in an experience after it was trained, each training example once, so that after n
+    examples each of them is in it with probability ``memory_size / n``, whatever the number of epochs.
 
     Args:
         memory_size: examples kept (sequences, for language).
@@ -25,9 +25,11 @@ class Replay(Strategy):
     """
 
     def __init__(self, memory_size: int = 200, share: float = 0.5) -> None:
-        if memory_size < 1:
+        if not isinstance(memory_size, int) or memory_size < 1:
             raise InputError(
-                got=f"memory_size={memory_size}", allowed="at least 1", key="strategy.replay.memory_size"
+                got=f"memory_size={memory_size!r}",
+                allowed="a whole number, at least 1",
+                key="strategy.replay.memory_size",
             )
         if not 0 < share < 1:
             raise InputError(got=f"share={share}", allowed="between 0 and 1", key="strategy.replay.share")
@@ -65,8 +67,7 @@ class Replay(Strategy):
             self.memory = [column[:0].clone() for column in data]
         missing = min(self.memory_size - len(self.memory[0]), len(order))
         self.memory = [
-            torch.cat([kept, column[order[:missing]]])
-            for kept, column in zip(self.memory, data, strict=True)
+            torch.cat([kept, column[order[:missing]]]) for kept, column in zip(self.memory, data, strict=True)
         ]
         for row, slot in zip(order[missing:].tolist(), slots[missing:].tolist(), strict=True):
             if slot < self.memory_size:
@@ -75,7 +76,7 @@ class Replay(Strategy):
         self.seen += len(order)
 
     def _slots(self, count: int, draw: torch.Generator) -> Tensor:
-        """Algorithm R: the (n+1)-th example goes to a slot drawn from [0, n]; beyond the memory it is let go."""
+        """Algorithm R: example n + 1 goes to a slot drawn from [0, n]; beyond the memory it is let go."""
         position = torch.arange(self.seen, self.seen + count, dtype=torch.float64)
         return (torch.rand(count, generator=draw, dtype=torch.float64) * (position + 1)).long()
 

@@ -8,7 +8,8 @@ Legend: B batch, C columns of logits, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cl_moe.errors import InputError
 from cl_moe.losses import distillation_loss
 from cl_moe.models.base import ContinualModel
 from cl_moe.strategies.base import Outlook, Step, Strategy, tensor_bytes
@@ -34,9 +36,9 @@ class Teacher:
 
     def learn(self, model: ContinualModel) -> None:
         """Remember the model as it is now."""
-        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        still = set(still_names(model))
         self.values = {
-            name: value.detach().clone() for name, value in model.state_dict().items() if name not in frozen
+            name: value.detach().clone() for name, value in model.state_dict().items() if name not in still
         }
         self.num_classes = len(model.head.classes)
         sizes = {len(layer.cohorts) for layer in model.expert_layers.values()}
@@ -74,13 +76,26 @@ class Teacher:
         self.values = {name: value.to(device) for name, value in self.values.items()}
 
 
+def still_names(model: nn.Module) -> Iterator[str]:
+    """Names of what will never change again: frozen parameters, and statistics that were stopped."""
+    yield from (name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    for prefix, part in model.named_modules():
+        if getattr(part, "statistics_frozen", False):
+            yield from (f"{prefix}.{name}" for name, _ in part.named_buffers(recurse=False))
+
+
 def distill(
-    step: Step, old_logits: Tensor, temperature: float, group_of_class: Tensor | None, classes: Sequence[int]
+    step: Step,
+    old_logits: Tensor,
+    temperature: float,
+    group_of_class: Tensor | None = None,
+    trained: Sequence[int] = (),
 ) -> Tensor:
     """KL from the teacher to the student over the columns the teacher knows; per task where heads are tasks'.
 
-    Padding is left out. In the task-incremental scenario each old task's columns are a distribution of their
-    own (LwF's multi-head form), and the tasks' terms add up.
+    Padding is left out. In the task-incremental scenario (``group_of_class``) the columns of each task that
+    was trained (it holds one of the classes ``trained``) are a distribution of their own (LwF's multi-head
+    form), and the tasks' terms add up. The rows of tasks to come exist already, but know nothing yet.
     """
     known = old_logits.shape[-1]
     new_logits = step.logits[..., :known].float()
@@ -89,9 +104,9 @@ def distill(
         new_logits, old_logits = new_logits[step.mask], old_logits[step.mask]
     if group_of_class is None:
         return distillation_loss(new_logits, old_logits, temperature)
-    task_of_column = group_of_class[torch.tensor(classes[:known])]
+    task_of_column = group_of_class[step.model.head.classes[:known]]
     terms = []
-    for task in task_of_column.unique():
+    for task in group_of_class[list(trained)].unique():
         columns = (task_of_column == task).nonzero().squeeze(1).to(new_logits.device)
         terms.append(distillation_loss(new_logits[:, columns], old_logits[:, columns], temperature))
     return torch.stack(terms).sum()
@@ -108,6 +123,7 @@ class DistillingStrategy(Strategy):
     def __init__(self, strength: float, temperature: float) -> None:
         self.strength, self.temperature = strength, temperature
         self.teacher = Teacher()
+        self.trained: list[int] = []  # classes
         self.group_of_class: Tensor | None = None
 
     def begin(self, outlook: Outlook) -> None:
@@ -120,25 +136,33 @@ class DistillingStrategy(Strategy):
         if not self.teacher:
             return None
         old_logits = self.teacher.logits(step.model, step.inputs, step.mask)
-        term = distill(step, old_logits, self.temperature, self.group_of_class, step.model.head.classes)
-        return self.strength * term
+        return self.strength * distill(step, old_logits, self.temperature, self.group_of_class, self.trained)
 
     def end(self, outlook: Outlook) -> None:
         """Today's model is tomorrow's teacher."""
         self.teacher.learn(outlook.model)
+        self.trained += [label for label in outlook.experience.classes if label not in self.trained]
 
     def state_dict(self) -> dict[str, Any]:
-        """The teacher."""
-        return self.teacher.state_dict()
+        """The teacher, and which classes it was trained on."""
+        return {**self.teacher.state_dict(), "trained": self.trained}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the teacher back."""
         self.teacher.load_state_dict(state)
+        self.trained = list(state["trained"])
 
     @property
     def buffer_bytes(self) -> int:
         """Bytes of the teacher's own values."""
         return tensor_bytes(*self.teacher.values.values())
+
+
+def check_weight(value: float, key: str, above: bool = False) -> None:
+    """Refuse what is no number of 0 or more, or, with ``above``, no number above 0."""
+    number = isinstance(value, int | float) and math.isfinite(value)
+    if not number or value < 0 or (above and value == 0):
+        raise InputError(got=f"{value!r}", allowed=f"a number {'above' if above else '>='} 0", key=key)
 
 
 def squared_distance(module: nn.Module, values: dict[str, Tensor]) -> Tensor:

@@ -158,12 +158,13 @@ def _check(streams: dict[str, list[Arm]], metric: str | None, baseline: str | No
 
 
 def _folder(path: Path) -> Path:
+    why = "not writable"
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            got=f"{path}: {error.strerror}", allowed="a folder to write into", key="--out"
-        ) from error
+        why = error.strerror or type(error).__name__
+    if not (path.is_dir() and os.access(path, os.W_OK)):
+        raise InputError(got=f"{path}: {why}", allowed="a folder to write into", key="--out")
     return path
 
 

@@ -106,8 +106,8 @@ def cost_table(one: Comparison) -> Table:
     """The difference from the baseline with its interval; experts' load and cost, means only."""
     keys = [key for key in one.rows[0].metrics if key in _COSTS]
     better = "lower" if lower_is_better(one.metric) else "higher"
-    title = f"{head(one.metric)} ({better} is better) minus that of {one.baseline or 'no baseline'}; experts; cost"
-    table = _table(title)
+    against = f"minus that of {one.baseline}" if one.baseline else "(the baseline has no run here)"
+    table = _table(f"{head(one.metric)} ({better} is better) {against}; experts; cost")
     table.add_column("difference", justify="right")
     table.add_column("95% interval (pairs)", justify="right")
     return _fill(table, one, keys, _difference, lambda spread: short(spread.mean))
@@ -146,8 +146,12 @@ def _difference(row: Row) -> list[str]:
     mean, low, high, pairs = row.difference
     if pairs == 0:
         return ["—", "no common seeds"]
-    interval = f"[{low:+.3f}, {high:+.3f}] ({pairs})" if pairs > 1 else "(1)"
-    return [f"{mean:+.3f}", interval]
+    interval = f"[{_signed(low)}, {_signed(high)}] ({pairs})" if pairs > 1 else "(1)"
+    return [_signed(mean), interval]
+
+
+def _signed(value: float) -> str:
+    return ("" if value < 0 else "+") + short(value)
 
 
 def _exact(value: float) -> str:

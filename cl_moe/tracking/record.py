@@ -20,12 +20,14 @@ class Record:
     """Rows of the accuracy matrix and the expert loads measured with each of them.
 
     Args:
-        kind: ``"classification"`` (scores are accuracies) or ``"language"`` (scores are minus the loss, nats).
+        kind: ``"classification"`` (scores are accuracies) or ``"language"`` (scores are minus the loss,
+            nats).
         names: name of every experience, T of them.
         rows: row i of the matrix, (T,) float64, higher is better.
-        loads: for each row, ``{block index: [load on experience 0's test data, ...]}``; empty for dense models.
-        cohorts: for each row, ``{block index: [(size, birth, frozen), ...]}``: experts per cohort, the number of
-            experiences trained before its birth, and whether it had stopped learning.
+        loads: for each row, ``{block index: [load on experience 0's test data, ...]}``; empty for dense
+            models.
+        cohorts: for each row, ``{block index: [(size, birth, frozen), ...]}``: experts per cohort, the number
+            of experiences trained before its birth, and whether it had stopped learning.
         steps: optimizer steps taken before each row.
         shocks: ``{i: score just after minus just before growing}`` on the experiences seen, where it grew.
         ledger: growth and freeze events so far.

@@ -74,6 +74,8 @@ def open_store(uri: str, *, create: bool = True, key: str = "tracking.uri") -> M
     file = database(uri)
     if file is not None and not create and not _has_content(file):
         raise InputError(got=f"{uri}: no such file", allowed="a store that a run has written", key=key)
+    if file is not None and _has_content(file) and not _is_sqlite(file):
+        raise InputError(got=f"{uri}: not a sqlite file", allowed=_ALLOWED, key=key)
     load_mlflow()
     from mlflow import MlflowClient
 
@@ -227,6 +229,11 @@ def write(file: Path, text: str) -> None:
 def _has_content(file: Path) -> bool:
     # sqlite makes an empty file when it connects to a missing one
     return file.is_file() and file.stat().st_size > 0
+
+
+def _is_sqlite(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(16) == b"SQLite format 3\0"
 
 
 def _active(client: MlflowClient, name: str, key: str) -> str | None:

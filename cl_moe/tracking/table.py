@@ -65,13 +65,12 @@ def run_table(record: Record, costs: Mapping[str, float] | None = None) -> Table
         costs: ``cost/*`` metrics, by key; those known here are shown.
     """
     last = record.experiences_trained
-    unit = "loss, nats" if record.kind == "language" else "accuracy"
-    table = Table(
-        title=f"After {last} of {len(record.names)} experiences", title_justify="left", expand=False
-    )
-    table.add_column("experience", max_width=36, overflow="ellipsis", no_wrap=True)
-    for name in (f"before ({unit})", "learnt", "final", "forgetting"):
-        table.add_column(name, justify="right", overflow="fold")
+    what = "Loss (nats per token)" if record.kind == "language" else "Accuracy"
+    title = f"{what} after {last} of {len(record.names)} experiences"
+    table = Table(title=title, title_justify="left", min_width=_WIDTH)
+    table.add_column("experience", max_width=34, overflow="ellipsis", no_wrap=True)
+    for name in ("before", "learnt", "final", "forgetting"):
+        table.add_column(name, justify="right", no_wrap=True)
     forgotten = forgetting_per_experience(up_to(record.matrix, last)).tolist()
     for j, name in enumerate(record.names):
         before, final = record.rows[0][j].item(), record.rows[-1][j].item()

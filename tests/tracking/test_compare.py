@@ -1,7 +1,6 @@
 """The comparison: right statistics, only what belongs together, every wrong option in three parts."""
 
 import csv
-import math
 import shutil
 import subprocess
 import sys
@@ -12,8 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
 from cl_moe.errors import InputError
@@ -21,14 +18,10 @@ from cl_moe.layers.routing import ExpertLoad
 from cl_moe.tracking import names, store
 from cl_moe.tracking.artifacts import LOADS, MATRIX, write_loads, write_matrix
 from cl_moe.tracking.compare import compare, main
-from cl_moe.tracking.compare_runs import Arm, Run, choose_baseline, lower_is_better
-from cl_moe.tracking.compare_statistics import paired_difference, spread
-from cl_moe.tracking.compare_table import short
 from cl_moe.tracking.record import Record
 from cl_moe.tracking.tracker import MLflowTracker
 
 T, N = 3, 6
-numbers = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8)
 
 
 class Stored(NamedTuple):
@@ -240,71 +233,3 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-
-
-@given(numbers, numbers)
-@settings(deadline=None)
-def test_paired_difference_is_the_paired_t_test(ours: list[float], baseline: list[float]) -> None:
-    num = min(len(ours), len(baseline))
-    a, b = dict(enumerate(ours)), dict(enumerate(baseline))
-    got = paired_difference(a, b, 0.9)
-    x = np.array(ours[:num]) - np.array(baseline[:num])
-    assert got.pairs == num
-    np.testing.assert_allclose(got.mean, x.mean(), atol=1e-9)
-    if x.std() > 1e-6:
-        low, high = stats.t.interval(0.9, num - 1, x.mean(), stats.sem(x))
-        np.testing.assert_allclose([got.low, got.high], [low, high], rtol=1e-6, atol=1e-9)
-
-
-def test_differences_without_an_interval() -> None:
-    one = paired_difference({1: 2.0, 2: 5.0}, {1: 1.5, 3: 1.0})
-    assert (one.mean, one.pairs) == (0.5, 1)
-    assert math.isnan(one.low)
-    none = paired_difference({1: 2.0}, {2: 1.0})
-    assert none.pairs == 0
-    assert math.isnan(none.mean)
-
-
-def test_spread_of_few() -> None:
-    assert spread([1.0])[::2] == (1.0, 1)
-    assert math.isnan(spread([1.0]).std)
-    assert math.isnan(spread([]).mean)
-
-
-def _run(arm: str, seed: str, **about: str) -> Run:
-    return Run(
-        "id", 0, {"arm": arm, "seed.init": seed, "seed.order": "0", "seed.data": seed, **about}, {"m": 1.0}
-    )
-
-
-def test_baseline() -> None:
-    grow = Arm("grow", [_run("grow", "0", strategy="naive", growth="at")])
-    static = Arm("static", [_run("static", "0", strategy="naive", growth="never")])
-    naive = Arm("naive", [_run("naive", "0", strategy="naive", growth="never")])
-    assert choose_baseline([grow, static, naive], None) is naive
-    assert choose_baseline([grow, static], None) is static
-    assert choose_baseline([grow], None) is grow
-    assert choose_baseline([grow, static], "grow") is grow
-    assert choose_baseline([grow], "naive") is None
-
-
-def test_several_runs_of_the_same_seeds_count_once() -> None:
-    runs = [
-        Run(str(k), k, {"seed.init": "0", "seed.data": "0", "seed.order": str(k // 2)}, {"m": k})
-        for k in range(4)
-    ]
-    arm = Arm("both", runs)
-    assert list(arm.values("m").values()) == [0.5, 2.5]
-    assert (arm.num_seeds, arm.num_orders) == (1, 2)
-
-
-@pytest.mark.parametrize("key", ["cost/tokens_per_second", "experts/usage", "stream/backward_transfer"])
-def test_higher_is_better(key: str) -> None:
-    assert not lower_is_better(key)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(9999.0, "9999.0"), (10000.0, "10k"), (-2.5e9, "-2.5G"), (0.0, "0.000")]
-)
-def test_short(value: float, text: str) -> None:
-    assert short(value) == text

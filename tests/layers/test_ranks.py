@@ -1,0 +1,53 @@
+import os
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from cl_moe.layers import PEER, MoE, Switch, TopK
+
+
+def losses(layer, x):
+    out, routing = layer(x)
+    # a mean over tokens, so that the average over ranks of the ranks' losses is the loss of the whole batch
+    return out.square().mean() + sum(routing.losses.values())
+
+
+def build(name):
+    torch.manual_seed(0)
+    if name == "peer":
+        return PEER(8, 16, heads=2, k=3)
+    return MoE(8, 4, 8, (lambda dim: Switch(dim, jitter=0, balance=1.0)) if name == "switch" else TopK)
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), 2)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    x = torch.load(os.path.join(folder, "x.pt"))
+    results = {}
+    for name in ("switch", "top_k", "peer"):
+        layer = build(name)
+        losses(layer, x[rank * 3 : rank * 3 + 3]).backward()
+        for parameter in layer.parameters():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= 2
+        results[name] = [p.grad for p in layer.parameters()], list(layer.buffers())
+    torch.save(results, os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_learn_what_one_learns_from_the_whole_batch(tmp_path):
+    x = torch.randn(6, 5, 8)
+    torch.save(x, tmp_path / "x.pt")
+    multiprocessing.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name in ("switch", "top_k", "peer"):
+        layer = build(name)
+        losses(layer, x).backward()
+        for rank in ranks:
+            gradients, buffers = rank[name]
+            for ours, parameter in zip(gradients, layer.parameters(), strict=True):
+                torch.testing.assert_close(ours, parameter.grad, atol=1e-6, rtol=1e-4)
+            for ours, buffer in zip(buffers, layer.buffers(), strict=True):
+                torch.testing.assert_close(ours, buffer)

@@ -1,0 +1,25 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cl_moe.layers.selection import top_k_first
+
+FLOATS = st.one_of(st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-40, -1e-40, float("-inf"), float("inf")]),
+                   st.floats(allow_nan=False, width=32))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(data=st.data())
+def test_equals_sorting_by_score_then_rank(dtype, data):
+    scores = data.draw(st.lists(FLOATS, min_size=1, max_size=8))
+    ranks = data.draw(st.permutations(range(len(scores))))
+    k = data.draw(st.integers(1, len(scores)))
+    score_RN = torch.tensor([scores], dtype=dtype)
+    # as Python compares them: plus and minus zero are equal
+    by_position = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
+    by_rank = sorted(range(len(scores)), key=lambda i: (-scores[i], ranks[i]))[:k]
+    before = score_RN.clone()
+    assert top_k_first(score_RN, k)[0].tolist() == by_position
+    assert top_k_first(score_RN, k, rank_RN=torch.tensor([ranks]))[0].tolist() == by_rank
+    assert torch.equal(score_RN, before)
