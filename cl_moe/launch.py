@@ -52,7 +52,7 @@ def build(config: DictConfig) -> Run:
         strategies={str(name): instantiate(node) for name, node in config.strategy.items()},
         stream=stream,
         seed=config.seed.data,
-        log_every=spec.log_every,
+        log_every=spec.log_every * spec.accumulate,
     )
     labels = tags(config, stream.scenario, folder)
     arm = config.arm or arm_name(labels, list(HydraConfig.get().overrides.task))

@@ -36,7 +36,7 @@ class Learner(L.LightningModule):
         strategies: by name, in the order in which their hooks run.
         stream: for its kind, scenario and classes; its data is never touched here.
         seed: the data seed.
-        log_every: optimizer steps between two points of ``train/*``.
+        log_every: batches between two points of ``train/*``.
     """
 
     def __init__(
@@ -65,9 +65,22 @@ class Learner(L.LightningModule):
         self.column_of_class = torch.full((stream.num_classes,), -1)
         self.scores: ExperienceScores | None = None
         self.loads: ExpertLoads | None = None
-        self._gradient_hooks = [
-            s for s in self.strategies.values() if type(s).gradients is not Strategy.gradients
-        ]
+        self._batches = 0
+        self._in_order = False  # whether a class is its own column, which spares a look-up in every step
+        self.tick: Callable[[], None] = lambda: None
+        # Only hooks that do something are called in every step.
+        acting = list(self.strategies.values())
+        self._batch_hooks = [s for s in acting if type(s).batch is not Strategy.batch]
+        self._loss_hooks = [s for s in acting if type(s).loss is not Strategy.loss]
+        self._gradient_hooks = [s for s in acting if type(s).gradients is not Strategy.gradients]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes the name of the running hook some 46 times in a step, and a module's own way of
+        # setting attributes, which looks for tensors, makes that a twentieth of a small network's step.
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     # ---- training
 
@@ -88,13 +101,14 @@ class Learner(L.LightningModule):
         assert self.experience is not None
         torch.manual_seed(derive_seed(self.seed, self.experience.index, "train"))
         self.place_classes()
+        self._batches = 0
         for strategy in self.strategies.values():
             strategy.begin(self.outlook())
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Task loss, the routers' auxiliary losses and the strategies' terms, added up."""
         inputs, targets = batch
-        for strategy in self.strategies.values():
+        for strategy in self._batch_hooks:
             inputs, targets = strategy.batch(inputs, targets)
         mask = padding_mask(targets) if self.kind == "language" else None
         logits, routings = self.model(inputs, mask=mask)
@@ -102,12 +116,13 @@ class Learner(L.LightningModule):
         for routing in routings.values():
             for name, value in routing.losses.items():
                 terms[name] = terms[name] + value if name in terms else value
-        if self.strategies:
+        if self._loss_hooks:
             step = Step(self.model, inputs, targets, mask, logits, routings)
-            for strategy in self.strategies.values():
+            for strategy in self._loss_hooks:
                 terms.update(strategy.loss(step))
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else terms["task_loss"]
         self._watch(loss, terms)
+        self.tick()
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -130,7 +145,8 @@ class Learner(L.LightningModule):
         """Mean cross-entropy, nats per example or per token; padding left out."""
         if self.kind == "language":
             return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
-        return F.cross_entropy(self.own_task(logits, targets).float(), self.column_of_class[targets])
+        columns = targets if self._in_order else self.column_of_class[targets]
+        return F.cross_entropy(self.own_task(logits, targets).float(), columns)
 
     def own_task(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits with other tasks' columns at -inf where the scenario gives the task away; else unchanged."""
@@ -143,13 +159,15 @@ class Learner(L.LightningModule):
         """Note which column of the logits each class has, and put it where the model computes."""
         classes = self.model.head.classes
         self.column_of_class = torch.full_like(self.column_of_class, -1, device=self.device)
+        self._in_order = classes == list(range(len(classes)))
         if self.kind == "classification" and classes:
             self.column_of_class[classes] = torch.arange(len(classes), device=self.device)
         if self.group_of_class is not None:
             self.group_of_class = self.group_of_class.to(self.device)
 
     def _watch(self, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
-        due = self.global_step % self.log_every == 0
+        due = self._batches % self.log_every == 0
+        self._batches += 1
         # Reading a number costs an accelerator its queue, so it is read every step on the CPU only.
         if not due and loss.is_cuda:
             return
@@ -157,7 +175,7 @@ class Learner(L.LightningModule):
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             raise RunFailedError(f"loss not finite at step {self.global_step}: {values}")
         if due:
-            points = {f"train/{name}": value.item() for name, value in terms.items()}
+            points = {f"train/{name}": value.item() for name, value in terms.items()} if len(terms) > 1 else {}
             self.note({"train/loss": loss.item(), **points}, self.global_step)
 
     # ---- evaluation

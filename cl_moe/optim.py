@@ -54,9 +54,15 @@ class SGD(OptimizerSpec):
         self.check()
 
     def build(self, parameters: Named) -> torch.optim.Optimizer:
-        """``torch.optim.SGD`` over what learns."""
+        """``torch.optim.SGD`` (fused) over what learns."""
         learning = [parameter for _, parameter in parameters if parameter.requires_grad]
-        return torch.optim.SGD(learning, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        optimizer = torch.optim.SGD(
+            learning, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True
+        )
+        if self.momentum:  # the fused step refuses newborns without a buffer beside survivors with theirs
+            for parameter in learning:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
 
 
 class AdamW(OptimizerSpec):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
-import lightning as L  # noqa: N812
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 REFRESH_SECONDS = 0.2
 
 
-class StreamProgress(L.Callback):
+class StreamProgress:
     """A rich progress bar over all steps of all experiences; on a plain output, only the lines of ``say``.
 
     Args:
@@ -57,7 +55,7 @@ class StreamProgress(L.Callback):
         """One line above the bar."""
         self.bar.console.print(line, highlight=False, markup=False)
 
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+    def tick(self) -> None:
         """Count a step; redraw a few times a second."""
         self.done += 1
         now = time.monotonic()

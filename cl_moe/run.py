@@ -74,10 +74,10 @@ class Run:
         self.training_stream = training_view(self.stream, self.learner.strategies)
         experiences = self.training_stream
         self.progress = StreamProgress([e.name for e in experiences], self.spec.num_steps(experiences))
-        self.trainer: L.Trainer = self.spec.build([self.progress])
+        self.trainer: L.Trainer = self.spec.build()
         self.cost = CostMeter()
         self.measured = Record(self.stream.kind, [experience.name for experience in self.stream])
-        self.learner.note = self.tracker.add
+        self.learner.note, self.learner.tick = self.tracker.add, self.progress.tick
 
     @cached_property
     def checkpoints(self) -> Path:

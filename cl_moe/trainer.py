@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
-
 import lightning as L  # noqa: N812
 import torch
 
@@ -62,7 +60,7 @@ class TrainerSpec:
         self.threads, self.gradient_clip = threads, gradient_clip
         self.accumulate, self.log_every = accumulate, log_every
 
-    def build(self, callbacks: Sequence[L.Callback]) -> L.Trainer:
+    def build(self) -> L.Trainer:
         """The Trainer, with its chatter silenced: what we need to say, we say once ourselves."""
         torch.set_num_threads(self.threads)
         logging.getLogger("lightning").setLevel(logging.WARNING)
@@ -76,7 +74,6 @@ class TrainerSpec:
             precision=self.precision,  # type: ignore[arg-type]
             gradient_clip_val=self.gradient_clip,
             accumulate_grad_batches=self.accumulate,
-            callbacks=list(callbacks),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

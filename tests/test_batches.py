@@ -85,7 +85,7 @@ class Notebook(L.LightningModule):
 
 def test_the_trainer_shuffles_anew_in_every_epoch_of_every_fit() -> None:
     spec = TrainerSpec(epochs=2, accelerator="cpu")
-    trainer, module = spec.build([]), Notebook()
+    trainer, module = spec.build(), Notebook()
     for _ in range(2):
         spec.raise_epochs(trainer)
         trainer.fit(module, train_dataloaders=training_loader(rows(20), 8, 0, experience=0))
@@ -93,4 +93,4 @@ def test_the_trainer_shuffles_anew_in_every_epoch_of_every_fit() -> None:
     assert len({tuple(order) for order in module.epochs}) == 4, "an order came back"
     for number, order in enumerate(module.epochs):
         assert sorted(order) == list(range(20))
-        assert order == sum(epoch(training_loader(rows(20), 8, 0, 0), number), [])
+        assert order == [row for part in epoch(training_loader(rows(20), 8, 0, 0), number) for row in part]

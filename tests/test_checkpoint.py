@@ -89,7 +89,9 @@ def test_a_half_written_file_of_a_killed_process_is_swept_away(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_name_appears_only_with_the_whole_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_appears_only_with_the_whole_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
     replace = os.replace
 

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from cl_moe.layers.routing import ExpertLayer, Routing
@@ -34,7 +35,11 @@ class Head(nn.Module):
             return x.new_zeros(*x.shape[:-1], 0)
         if len(self.cohorts) == 1:
             return self.cohorts[0](x)
-        return torch.cat([cohort(x) for cohort in self.cohorts], dim=-1)
+        # One product over all rows: a tenth of the features' size, so copying rows is cheaper than a product
+        # for each cohort.
+        weight_CD = torch.cat([cohort.weight for cohort in self.cohorts])
+        bias_C = torch.cat([cohort.bias for cohort in self.cohorts])
+        return F.linear(x, weight_CD, bias_C)
 
     def grow(self, classes: Sequence[int]) -> None:
         """Append rows for new classes, drawn from torch's global generator as ``nn.Linear`` draws them."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cl_moe.errors import InputError
 from cl_moe.layers.routing import Routing
 from cl_moe.models.base import ContinualModel, Head
-from cl_moe.models.slots import LayerFactory, cohorts_of, fill_slots, slot_blocks
+from cl_moe.models.slots import LayerFactory, fill_slots, slot_blocks
 
 
 class CausalAttention(nn.Module):
@@ -119,7 +119,7 @@ class DecoderLM(ContinualModel):
         routings = {}
         for index, (mixer, norm, block) in enumerate(zip(self.mixers, self.norms, self.blocks, strict=True)):
             x_BSD = mixer(x_BSD)
-            out_BSD, routing = block(norm(x_BSD), mask=mask, cohorts=cohorts_of(block, cohorts))
+            out_BSD, routing = block(norm(x_BSD), mask=mask, cohorts=cohorts)
             x_BSD = x_BSD + out_BSD
             if routing.num_experts:
                 routings[index] = routing

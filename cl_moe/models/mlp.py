@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cl_moe.layers.routing import Routing
 from cl_moe.models.base import ContinualModel, Head
-from cl_moe.models.slots import LayerFactory, cohorts_of, fill_slots, slot_blocks
+from cl_moe.models.slots import LayerFactory, fill_slots, slot_blocks
 
 
 class MLPClassifier(ContinualModel):
@@ -65,7 +65,7 @@ class MLPClassifier(ContinualModel):
         x_BD = torch.relu(self.stem(inputs.flatten(1)))
         routings = {}
         for index, block in enumerate(self.blocks):
-            out_BD, routing = block(x_BD, mask=mask, cohorts=cohorts_of(block, cohorts))
+            out_BD, routing = block(x_BD, mask=mask, cohorts=cohorts)
             if routing.num_experts:
                 routings[index] = routing
             # A block of its own beside the dense ones has to be a residual one, or it would replace them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, get_args
 
 from torch import nn
@@ -50,8 +50,3 @@ def fill_slots(
         layer(dim=width) if index in chosen else DenseFFN(width, ffn_hidden, activation)
         for index in range(total)
     )
-
-
-def cohorts_of(block: nn.Module, cohorts: Sequence[int] | None) -> Sequence[int] | None:
-    """The cohorts that were asked for, for a block that has any: a dense one has nothing to choose from."""
-    return cohorts if isinstance(block, ExpertLayer) and len(block.cohorts) > 0 else None

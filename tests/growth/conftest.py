@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from cl_moe.growth import Census, FreezePolicy, GrowthSchedule
 from cl_moe.growth.adapt import Event, adapt, take_census
-from cl_moe.layers import MoE, PEER, DenseFFN, Switch, TopK
+from cl_moe.layers import PEER, DenseFFN, MoE, Switch, TopK
 from cl_moe.models import ContinualModel, MLPClassifier
 from cl_moe.seeds import generator, seeded
 from cl_moe.stream import Experience, Stream

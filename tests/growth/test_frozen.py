@@ -46,7 +46,7 @@ class Story:
         precision: str = "32-true",
     ) -> Story:
         spec = TrainerSpec(epochs=2, batch_size=8, accelerator="cpu", precision=precision)
-        trainer = spec.build([])
+        trainer = spec.build()
         learner = Learner(model, optimizer, {}, stream)
         schedule = EveryExperience(NEWBORNS[layer], init="copy")
         for experience in stream:

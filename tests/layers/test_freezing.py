@@ -34,6 +34,9 @@ def test_frozen_is_frozen_and_the_rest_learns(name, shared):
     if shared and isinstance(layer, PEER):
         frozen |= layer.query.state_dict(prefix="query.") | layer.query_norm.state_dict(prefix="query_norm.")
     before = {key: value.clone() for key, value in layer.state_dict().items()}
+    optimizer.step()  # before any zero_grad: a stale gradient would still move it
+    for key in frozen:
+        assert torch.equal(layer.state_dict()[key], before[key]), key
     optimizer.add_param_group({"params": list(layer.cohorts[1].parameters())})
     x = train(layer, optimizer)
     assert x.grad.abs().max() > 0

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from cl_moe.layers import MoE, PEER, DenseFFN, Switch, TopK
+from cl_moe.layers import PEER, DenseFFN, MoE, Switch, TopK
 from cl_moe.models import DecoderLM, MLPClassifier
 from cl_moe.seeds import seeded
 

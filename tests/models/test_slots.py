@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cl_moe.errors import InputError
-from cl_moe.layers import MoE, PEER, DenseFFN
+from cl_moe.layers import PEER, DenseFFN, MoE
 from cl_moe.models.slots import slot_blocks
 
 TABLE = [

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from cl_moe.batches import training_loader
 from cl_moe.growth import EveryExperience, FreezePolicy, GrowthSchedule, NeverFreeze, NeverGrow
 from cl_moe.growth.adapt import adapt, add_classes, take_census
-from cl_moe.layers import MoE, PEER, DenseFFN, TopK
+from cl_moe.layers import PEER, DenseFFN, MoE, TopK
 from cl_moe.learner import Learner
 from cl_moe.models import ContinualModel, MLPClassifier
 from cl_moe.optim import SGD
@@ -81,7 +81,7 @@ def walk() -> Callable[..., Iterator[Learner]]:
     ) -> Iterator[tuple[str, Learner]]:
         optimizer = SGD(lr=lr, momentum=momentum, state="carry")
         spec = TrainerSpec(epochs=epochs, batch_size=8, accelerator="cpu")
-        trainer = spec.build([])
+        trainer = spec.build()
         learner = Learner(model, optimizer, strategies, stream)
         learner.ledger += add_classes(model, stream.classes_at_start, seed=0)
         for experience in stream:
@@ -112,9 +112,7 @@ def train(walk) -> Callable[..., Learner]:
     """Walk a whole stream; the learner at its end."""
 
     def run(*args: object, **options: object) -> Learner:
-        for _, learner in walk(*args, **options):
-            pass
-        return learner
+        return list(walk(*args, **options))[-1][1]
 
     return run
 

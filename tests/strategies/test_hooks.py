@@ -1,7 +1,5 @@
 """The hooks: their order, their composition, their state."""
 
-import io
-
 import pytest
 import torch
 from torch import Tensor

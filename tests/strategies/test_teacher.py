@@ -19,19 +19,21 @@ PROBE = torch.randn(40, 6, generator=torch.Generator().manual_seed(9)) * 3
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("slots", ["all", "added"])
 def test_the_teacher_is_the_old_model(new_model, new_stream, walk, growing, layer, policy, slots) -> None:
-    """Against a true copy made at the boundary, after newborns and statistics have moved, bit for bit."""
+    """Against a true copy made at the boundary, after newborns and statistics moved, up to a rounding."""
     strategy = LwF(alpha=0.5)
     model = new_model(layer, num_blocks=2, slots=slots)
     old: nn.Module | None = None
+    teacher = Teacher()
     for moment, learner in walk(model, new_stream(), {"lwf": strategy}, growing[layer], policy):
         if moment == "adapted":
             continue
         if old is not None:
             answer = teacher.logits(learner.model, PROBE, None)
-            assert torch.equal(answer, old(PROBE)[0])
+            torch.testing.assert_close(answer, old(PROBE)[0], rtol=0, atol=1e-6)
             assert all(part.training for part in learner.model.modules()), "the mode is put back"
             now = copy.deepcopy(learner.model).eval()(PROBE)[0][:, : answer.shape[1]]
-            assert not torch.equal(now, answer) or isinstance(policy, AllPast)
+            if layer != "dense" or not isinstance(policy, AllPast):
+                assert (now - answer).abs().max() > 1e-4, "the living model has moved on"
         old, teacher = copy.deepcopy(learner.model).eval(), copy.deepcopy(strategy.teacher)
     assert learner.experience.index == 2
 

@@ -9,7 +9,6 @@ from torch.utils.data import TensorDataset
 
 from cl_moe.errors import InputError
 from cl_moe.strategies import Cumulative, Joint, LwF, Naive, Replay, Strategy
-from cl_moe.stream import Stream
 
 SCENARIOS = ["class", "domain", "task"]
 
