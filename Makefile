@@ -19,7 +19,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' Makefile | expand -t 12
 
 demo: $(STAMP) ## the main job: one stream under several arms, a comparison table and figures (5 minutes)
-	$(VENV)/bin/cl-moe -m 'experiment=glob(demo/*)'
+	$(VENV)/bin/cl-moe -m 'experiment=glob(demo_*)'
 	$(VENV)/bin/cl-moe-compare --experiment demo
 
 test: $(STAMP) ## every test that is not slow

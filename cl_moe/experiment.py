@@ -29,6 +29,8 @@ def run_experiment(run: Run) -> float:
 
 def grow_and_freeze(run: Run, experience: Experience) -> None:
     """Adapt the model to what comes, as schedule and policy decide, and measure the shock of growing."""
+    if len(experience.train) == 0:  # joint training leaves nothing for later experiences
+        return
     events = adapt(
         run.learner.model, run.census(experience), run.growth, run.freeze, experience.classes, run.seed_init
     )
@@ -40,7 +42,7 @@ def grow_and_freeze(run: Run, experience: Experience) -> None:
 
 def fit(run: Run, experience: Experience) -> None:
     """Train on one experience with the Trainer of the whole stream, so that its step axis never restarts."""
-    if len(experience.train) == 0:  # joint training leaves nothing for later experiences
+    if len(experience.train) == 0:
         return
     run.learner.experience = experience
     run.spec.raise_epochs(run.trainer)

@@ -119,7 +119,8 @@ class Learner(L.LightningModule):
         if self._loss_hooks:
             step = Step(self.model, inputs, targets, mask, logits, routings)
             for strategy in self._loss_hooks:
-                terms.update(strategy.loss(step))
+                for name, value in strategy.loss(step).items():
+                    terms[name] = terms[name] + value if name in terms else value
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else terms["task_loss"]
         self._watch(loss, terms)
         self.tick()
@@ -139,7 +140,7 @@ class Learner(L.LightningModule):
             strategy.end(self.outlook())
         if self.optimizer_spec.state == "carry":
             optimizer = self.trainer.optimizers[0]
-            self.optimizer_state |= state_by_name(optimizer, self.named_parameters())
+            self.optimizer_state = state_by_name(optimizer, self.named_parameters())
 
     def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, nats per example or per token; padding left out."""

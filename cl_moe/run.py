@@ -20,7 +20,7 @@ from cl_moe.cost import CostMeter
 from cl_moe.errors import InputError, RunFailedError
 from cl_moe.evaluation import Evaluation
 from cl_moe.growth import Census, FreezePolicy, GrowthSchedule
-from cl_moe.growth.adapt import add_classes, births, take_census
+from cl_moe.growth.adapt import add_classes, births, check_growth, take_census
 from cl_moe.learner import Learner
 from cl_moe.progress import StreamProgress
 from cl_moe.strategies import Strategy
@@ -71,6 +71,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.growth.check(len(self.stream))
+        check_growth(self.learner.model, self.growth)
         self.training_stream = training_view(self.stream, self.learner.strategies)
         experiences = self.training_stream
         self.progress = StreamProgress([e.name for e in experiences], self.spec.num_steps(experiences))

@@ -43,8 +43,6 @@ def adapt(
         InputError: growth is asked of a model without expert layers, or nothing is left to learn.
     """
     newborns = schedule.newborns(census)
-    if newborns and not model.expert_layers:
-        raise InputError(got="growth of a model without experts", allowed="layer=moe, peer", key="layer")
     stop = policy.decide(census, newborns)
     at = census.experience
     events: list[Event] = []
@@ -74,6 +72,21 @@ def adapt(
             key="freeze (or growth)",
         )
     return events
+
+
+def check_growth(model: ContinualModel, schedule: GrowthSchedule) -> None:
+    """Refuse, before any training, a growth that the model's layers could not carry out.
+
+    Raises:
+        InputError: there are no expert layers, or one of them cannot take a cohort of such a size.
+    """
+    if schedule.sizes and not model.expert_layers:
+        raise InputError(
+            got="growth of a model without experts", allowed="layer=moe or peer, or growth=never", key="layer"
+        )
+    for layer in model.expert_layers.values():
+        for size in schedule.sizes:
+            layer.check_growth(size, schedule.init)
 
 
 def add_classes(model: ContinualModel, groups: Iterable[Sequence[int]], seed: int) -> list[Event]:

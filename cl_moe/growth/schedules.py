@@ -26,6 +26,11 @@ class GrowthSchedule(ABC):
     def newborns(self, census: Census) -> int:
         """Experts to be born in each layer before experience ``census.experience``; 0 for none."""
 
+    @property
+    @abstractmethod
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes of the cohorts that may be born, so that a layer can refuse them before any training."""
+
     def check(self, num_experiences: int) -> None:
         """Refuse a schedule that a stream of this length cannot follow."""
         return None
@@ -37,6 +42,11 @@ class NeverGrow(GrowthSchedule):
     def newborns(self, census: Census) -> int:
         """Always 0."""
         return 0
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """None."""
+        return ()
 
 
 class EveryExperience(GrowthSchedule):
@@ -56,6 +66,11 @@ class EveryExperience(GrowthSchedule):
         """``num_experts``, but 0 before the first experience."""
         return self.num_experts if census.experience > 0 else 0
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Always the same."""
+        return (self.num_experts,)
+
 
 class At(GrowthSchedule):
     """Cohorts before chosen experiences.
@@ -73,6 +88,11 @@ class At(GrowthSchedule):
     def newborns(self, census: Census) -> int:
         """What ``events`` says for this experience."""
         return self.events.get(census.experience, 0)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """In order of the events."""
+        return tuple(count for _, count in sorted(self.events.items()))
 
     def check(self, num_experiences: int) -> None:
         """There must be events, each before an experience that exists, and not before the first."""

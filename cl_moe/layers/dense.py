@@ -69,10 +69,11 @@ def _nothing_routed(x: Tensor, mask: Tensor | None) -> Routing:
 
 @lru_cache(maxsize=64)  # made once per batch size: three allocations are a quarter of a small dense layer's time
 def _empty_routing(num_tokens: int, dtype: torch.dtype, device: torch.device) -> Routing:
-    return Routing(
-        expert=torch.empty(num_tokens, 0, dtype=torch.int64, device=device),
-        weight=torch.empty(num_tokens, 0, dtype=dtype, device=device),
-        kept=torch.empty(num_tokens, 0, dtype=torch.bool, device=device),
-        num_tokens=num_tokens,
-        num_experts=0,
-    )
+    with torch.inference_mode(False):  # what an evaluation makes, training may meet
+        return Routing(
+            expert=torch.empty(num_tokens, 0, dtype=torch.int64, device=device),
+            weight=torch.empty(num_tokens, 0, dtype=dtype, device=device),
+            kept=torch.empty(num_tokens, 0, dtype=torch.bool, device=device),
+            num_tokens=num_tokens,
+            num_experts=0,
+        )

@@ -97,7 +97,9 @@ class MoE(ExpertLayer):
         return cohort
 
     def _key(self, cohort: int) -> Tensor:
-        return self.cohorts[cohort].get_parameter("key")
+        key = self.cohorts[cohort].key  # not get_parameter: a functional call puts plain tensors in its place
+        assert isinstance(key, Tensor)
+        return key
 
     def _candidates(self, chosen: Sequence[int]) -> Candidates:
         device = self._key(0).device

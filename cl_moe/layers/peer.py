@@ -103,17 +103,10 @@ class PEER(ExpertLayer):
             InputError: also where a copy would be larger than the grid it copies.
         """
         self.check_growth(num_experts, init, load)
-        grid_size(num_experts, key="growth.num_experts")
         newborn = PEERCohort(self.dim, num_experts, self.key_dim, self._value_std)
         newborn = newborn.to(self._cohort(0).u)  # dtype and device of the old ones
         if init == "copy":
-            source, load_n = self._most_used_cohort(load)
-            if num_experts > source.num_experts:
-                raise InputError(
-                    got=f"a copy of {num_experts} experts from a cohort of {source.num_experts}",
-                    allowed=f"at most {source.num_experts}, or another growth.init",
-                    key="growth.num_experts",
-                )
+            source, load_n = self._most_used_cohort(load, num_experts)
             newborn.copy_most_used(source, load_n, noise)
         elif init == "zero_output":
             newborn.v.zero_()
@@ -170,11 +163,24 @@ class PEER(ExpertLayer):
         hidden_P = self.activation(pair_dot(x_TD, wide(cohort.u), pairs))
         return pair_sum(hidden_P * weight_P, wide(cohort.v), pairs)
 
-    def _most_used_cohort(self, load: Tensor | None) -> tuple[PEERCohort, Tensor]:
-        """The cohort with the largest load (ties: the oldest), and its experts' load (n,)."""
+    def check_growth(self, num_experts: int, init: str, load: Tensor | None = None) -> None:
+        """Also: the newborn must be a square grid, and a copy no larger than some grid there is."""
+        super().check_growth(num_experts, init, load)
+        grid_size(num_experts, key="growth.num_experts")
+        largest = max(self.cohort_sizes)
+        if init == "copy" and num_experts > largest:
+            raise InputError(
+                got=f"a copy of {num_experts} experts from a cohort of {largest}",
+                allowed=f"at most {largest}, or growth.init=fresh",
+                key="growth.num_experts",
+            )
+
+    def _most_used_cohort(self, load: Tensor | None, at_least: int) -> tuple[PEERCohort, Tensor]:
+        """The large enough cohort with the largest load (ties: the oldest), and its experts' load (n,)."""
         load_N = torch.zeros(self.num_experts) if load is None else load.double().cpu()
         loads = load_N.split(list(self.cohort_sizes))
-        best = int(torch.stack([load_n.sum() for load_n in loads]).argmax())
+        large = [c for c, size in enumerate(self.cohort_sizes) if size >= at_least]
+        best = max(large, key=lambda c: loads[c].sum().item())
         return self._cohort(best), loads[best]
 
     def _cohort(self, index: int) -> PEERCohort:

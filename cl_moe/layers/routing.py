@@ -189,8 +189,8 @@ class ExpertLayer(nn.Module, ABC):
             raise InputError(got=f"cohorts={list(cohorts)}", allowed="at least one, each once", key="cohorts")
         return chosen
 
-    def check_growth(self, num_experts: int, init: str, load: Tensor | None) -> None:
-        """Refuse a growth that no layer could do."""
+    def check_growth(self, num_experts: int, init: str, load: Tensor | None = None) -> None:
+        """Refuse a growth that this layer could not do; asked before training, and again by ``grow``."""
         if num_experts < 1:
             raise InputError(
                 got=f"growth by {num_experts} experts", allowed="at least 1", key="growth.num_experts"

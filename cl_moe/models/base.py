@@ -37,9 +37,8 @@ class Head(nn.Module):
             return self.cohorts[0](x)
         # One product over all rows: a tenth of the features' size, so copying rows is cheaper than a product
         # for each cohort.
-        weight_CD = torch.cat([cohort.weight for cohort in self.cohorts])
-        bias_C = torch.cat([cohort.bias for cohort in self.cohorts])
-        return F.linear(x, weight_CD, bias_C)
+        rows: list[nn.Linear] = list(self.cohorts)  # type: ignore[arg-type]
+        return F.linear(x, torch.cat([r.weight for r in rows]), torch.cat([r.bias for r in rows]))
 
     def grow(self, classes: Sequence[int]) -> None:
         """Append rows for new classes, drawn from torch's global generator as ``nn.Linear`` draws them."""

@@ -16,7 +16,7 @@ from cl_moe.growth import (
     PastExperts,
     PastExpertsAndRouter,
 )
-from cl_moe.growth.adapt import adapt, add_classes, births, replay, take_census
+from cl_moe.growth.adapt import adapt, add_classes, births, check_growth, replay, take_census
 
 POLICIES = [NeverFreeze, PastExperts, PastExpertsAndRouter, AllPast]
 NEWBORNS = {"moe": 2, "switch": 3, "peer": 4}
@@ -169,9 +169,18 @@ def test_new_classes_alone_are_enough_to_learn(new_model) -> None:
 def test_a_dense_model_does_not_grow(new_model) -> None:
     model = new_model("dense")
     with pytest.raises(InputError) as caught:
-        adapt(model, take_census(model, 1, [], {}), EveryExperience(2), NeverFreeze(), (0,), seed=0)
+        check_growth(model, EveryExperience(2))
     assert caught.value.key == "layer"
-    assert model.head.classes == [], "refused before anything was changed"
+    check_growth(model, NeverGrow())
+
+
+def test_a_size_that_a_layer_cannot_take_is_refused_before_training(new_model) -> None:
+    model = new_model("peer")
+    for wrong in (At({1: 3}), At({1: 10_000}, init="copy")):
+        with pytest.raises(InputError) as caught:
+            check_growth(model, wrong)
+        assert caught.value.key == "growth.num_experts"
+    check_growth(model, At({1: 10_000}, init="fresh"))
 
 
 def test_an_unknown_act_in_a_ledger_is_an_error(new_model) -> None:
