@@ -9,49 +9,84 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from cl_moe.errors import InputError, RunFailedError
 
 INPUT_WRONG, FAILED, STOPPED = 2, 1, 130
 
 
+class _JobFailed(BaseException):
+    """Carries a job's error past Hydra, which would put a line of its own before our message."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 @hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")
 def _task(config: DictConfig) -> float:
     from cl_moe import launch
 
+    hydra_config = HydraConfig.get()
     try:
         return launch.run(config)
-    except (InputError, RunFailedError) as error:
-        # In a sweep the other jobs go on, and Hydra raises the first failure at the very end: say it now.
-        logging.getLogger(__name__).error("%s", error)
+    except Exception as error:
+        if hydra_config.mode != RunMode.MULTIRUN:
+            raise _JobFailed(error) from error
+        # The other jobs of a sweep go on, and Hydra raises the first failure at the very end: say it now.
+        job = hydra_config.job
+        _, message = explain(error, list(hydra_config.overrides.task))
+        logging.getLogger(__name__).error("job %s (%s) failed\n%s", job.num, job.override_dirname, message)
+        error.was_said = True  # type: ignore[attr-defined]
         raise
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run ``cl-moe`` with arguments and exit: 0 done, 2 wrong input, 1 failed, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    before = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     # With this variable Hydra hands its errors to us, instead of printing them and exiting with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    warnings.filterwarnings("ignore", category=UserWarning, module="hydra")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module="hydra")
+            status = _run(arguments, show_traceback=before[0] == "1")
+    finally:
+        sys.argv = before[1]
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before[0] is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before[0]
+    sys.exit(status)
+
+
+def _run(arguments: list[str], show_traceback: bool) -> int:
+    error: BaseException
     try:
         _guard_shadowing()
         sys.argv = [sys.argv[0], *resume_arguments(arguments)]
         _task()
-    except (Exception, KeyboardInterrupt) as error:
-        if show_traceback:
-            raise
-        status, message = explain(error, arguments)
-        if message and not getattr(error, "was_said", False):
-            print(message, file=sys.stderr)
-        sys.exit(status)
-    sys.exit(0)
+        return 0
+    except _JobFailed as failed:
+        error = failed.error
+    except (Exception, KeyboardInterrupt) as raised:
+        error = raised
+    if show_traceback:
+        raise error
+    status, message = explain(error, arguments)
+    if not getattr(error, "was_said", False):
+        print(message, file=sys.stderr)
+    return status
 
 
 def explain(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
@@ -65,7 +100,7 @@ def explain(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
         return INPUT_WRONG, str(cause)
     if isinstance(error, RunFailedError):
         return FAILED, str(error)
-    if type(error).__module__.split(".")[0] in ("hydra", "omegaconf", "antlr4"):
+    if {type(error).__module__.split(".")[0], _origin(error)} & {"hydra", "omegaconf", "antlr4", "yaml"}:
         return INPUT_WRONG, _configuration_message(error, arguments)
     return FAILED, (
         f"{type(error).__name__}: {error}\nThis is a defect of cl-moe, or of the machine: "
@@ -87,6 +122,10 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     stored = [str(o) for o in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
     known = [o for o in stored if not o.startswith("resume=")]
     flags = [a for a in arguments if a.startswith("-")]
+    if {"-m", "--multirun"} & {*flags}:
+        raise InputError(
+            got="resume in a multirun", allowed="one run at a time, by its own folder or run id", key="resume"
+        )
     for argument in arguments:
         if argument not in flags and not argument.startswith("resume=") and argument not in known:
             raise InputError(
@@ -94,22 +133,27 @@ def resume_arguments(arguments: list[str]) -> list[str]:
                 allowed="nothing else, or the run's own arguments: " + (" ".join(known) or "(none)"),
                 key=argument.split("=")[0].lstrip("+~"),
             )
-    here = [f"hydra.run.dir={_quoted(folder)}", "hydra.output_subdir=null"]
-    return [*flags, *known, f"resume={_quoted(folder)}", *here]
+    known = [o for o in known if not o.startswith("output_dir=")]  # it may be relative to another folder
+    names = ("resume", "hydra.run.dir", "output_dir")
+    return [*flags, *known, *(f"{name}={_quoted(folder)}" for name in names), "hydra.output_subdir=null"]
 
 
 def _run_folder(name: str, *uri: str) -> Path:
     folder = Path(name.strip("'\""))
+    wrong = InputError(
+        got=f"resume={name}",
+        allowed="the output folder of a run of cl-moe, or a run id of the MLflow store tracking.uri",
+        key="resume",
+    )
     if not folder.is_dir():
         from cl_moe.tracking.store import find_run
 
-        folder = Path(find_run(name, *uri).get("output_dir", ""))
+        try:
+            folder = Path(find_run(name, *uri).get("output_dir", ""))
+        except InputError:
+            raise wrong from None
     if not (folder / ".hydra" / "overrides.yaml").is_file():
-        raise InputError(
-            got=f"resume={name}",
-            allowed="the output folder or MLflow run id of a run of cl-moe",
-            key="resume",
-        )
+        raise wrong
     return folder.resolve()
 
 
@@ -118,15 +162,46 @@ def _quoted(path: Path) -> str:
 
 
 def _configuration_message(error: BaseException, arguments: Sequence[str]) -> str:
-    lines = [str(error).strip()]
-    if error.__cause__ is not None:
-        lines.append(str(error.__cause__).strip())
+    """What is wrong on the command line, in three parts; with the names there are, where Hydra knows them."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if options := _options(group) or list(error.options or ()):
+            return _choice(f"{group}={name}", name, options, group)
+    cause = error.__cause__ or error
+    if isinstance(cause, OmegaConfBaseException) and "is not in struct" in str(cause):
+        node, key, place = cause.parent_node, str(cause.key), cause.full_key or str(cause.key)
+        names = sorted(str(name) for name in node if not str(name).startswith(("_", "hydra"))) if node else []
+        return _choice(_argument(place, arguments), key, names, place)
+    lines = [str(error).strip(), *([] if cause is error else [str(cause).strip()])]
     got = "\n     ".join(line for part in lines for line in part.splitlines() if line.strip())
     return (
         f"got: {' '.join(arguments)}\n     {got}\n"
         "allowed: groups and keys as `cl-moe --help` and `cl-moe --cfg job` print them\n"
         "change: the key or option named above"
     )
+
+
+def _choice(got: str, name: str, names: Iterable[str], key: str) -> str:
+    near = get_close_matches(name, list(names), n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"got: {got}\nallowed: {', '.join(names) or 'no key at all'}\nchange: {key}{hint}"
+
+
+def _origin(error: BaseException) -> str:
+    """The package whose code raised it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0] if trace else ""
+
+
+def _argument(key: str, arguments: Sequence[str]) -> str:
+    """The argument that names a key; the key itself if it came from elsewhere."""
+    return next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (Path(__file__).resolve().parents[1] / "conf" / group).glob("*.yaml"))
 
 
 def _guard_shadowing() -> None:

@@ -80,8 +80,12 @@ def check_keys(config: DictConfig) -> None:
     Raises:
         InputError: with the key that is not, the parameters there are, and the place.
     """
-    if not config.strategy:
+    if not config.get("strategy"):
         raise InputError(got="strategy=[]", allowed="a strategy, or naive for none", key="strategy")
+    for name, seed in config.seed.items():
+        if isinstance(seed, bool) or not (isinstance(seed, int) or (name == "order" and seed is None)):
+            allowed = "a whole number" + (", or null for the natural order" if name == "order" else "")
+            raise InputError(got=f"seed.{name}={seed!r}", allowed=allowed, key=f"seed.{name}")
     for place, node in _nodes(OmegaConf.to_container(config, resolve=False)):
         parameters = inspect.signature(get_object(node["_target_"])).parameters
         for key in node:
@@ -114,6 +118,12 @@ def store_config(config: DictConfig, folder: Path) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
+    overrides = folder / ".hydra" / "overrides.yaml"
+    if (
+        not overrides.exists()
+    ):  # Hydra wrote them elsewhere if output_dir was given; resume looks for them here
+        overrides.parent.mkdir(exist_ok=True)
+        write_atomically(overrides, OmegaConf.to_yaml(HydraConfig.get().overrides.task).encode())
     write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(resolved)).encode())
 
 

@@ -126,6 +126,12 @@ class Learner(L.LightningModule):
         self.tick()
         return loss
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Experiences lie in CPU memory: on the CPU there is nothing to look through and to move."""
+        if device.type == "cpu":
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let strategies work on the gradients."""
         for strategy in self._gradient_hooks:
@@ -176,7 +182,9 @@ class Learner(L.LightningModule):
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             raise RunFailedError(f"loss not finite at step {self.global_step}: {values}")
         if due:
-            points = {f"train/{name}": value.item() for name, value in terms.items()} if len(terms) > 1 else {}
+            points = (
+                {f"train/{name}": value.item() for name, value in terms.items()} if len(terms) > 1 else {}
+            )
             self.note({"train/loss": loss.item(), **points}, self.global_step)
 
     # ---- evaluation

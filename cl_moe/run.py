@@ -21,6 +21,7 @@ from cl_moe.errors import InputError, RunFailedError
 from cl_moe.evaluation import Evaluation
 from cl_moe.growth import Census, FreezePolicy, GrowthSchedule
 from cl_moe.growth.adapt import add_classes, births, check_growth, take_census
+from cl_moe.layers.routing import ExpertLoad
 from cl_moe.learner import Learner
 from cl_moe.progress import StreamProgress
 from cl_moe.strategies import Strategy
@@ -77,7 +78,10 @@ class Run:
         self.progress = StreamProgress([e.name for e in experiences], self.spec.num_steps(experiences))
         self.trainer: L.Trainer = self.spec.build()
         self.cost = CostMeter()
+        self.saved: int | None = None  # number of the newest boundary on the disk
         self.measured = Record(self.stream.kind, [experience.name for experience in self.stream])
+        self._check_objective()
+        self._check_learning()
         self.learner.note, self.learner.tick = self.tracker.add, self.progress.tick
 
     @cached_property
@@ -101,8 +105,14 @@ class Run:
             self.tracker.start(self.folder, self.name, self.params, self.tags)
             try:
                 yield
+            except OSError as error:  # the disk is full, say; what was saved before is whole
+                failure = RunFailedError(f"{type(error).__name__}: {error}")
+                self._fail(failure)
+                raise failure from error
             except BaseException as error:
                 self._fail(error)
+                if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+                    raise error.__context__ from None  # Lightning exits by itself when the user stops a fit
                 raise
             self.tracker.finish("finished")
 
@@ -123,7 +133,7 @@ class Run:
         self.cost.load_state_dict(state["cost"])
         self.tracker.load_state_dict(state["tracker"])
         self.tracker.send()
-        boundary = int(state["boundary"])
+        boundary = self.saved = int(state["boundary"])
         self.progress.say(f"resumed after experience {boundary} of {len(self.stream)}")
         return boundary
 
@@ -169,6 +179,7 @@ class Run:
         self.tracker.add(points, boundary)
         self.tracker.add(self.cost.points(self.learner), self.trainer.global_step)
         checkpoint.save(self.checkpoints, boundary, self._state(), self.keep_checkpoints)
+        self.saved = boundary
         self.tracker.send()
         self.progress.say(table.boundary_line(measured, boundary))
         return boundary
@@ -183,7 +194,39 @@ class Run:
         self.progress.say("")
         self.progress.console.print(table.run_table(self.measured, self.cost.points(self.learner)))
         self.progress.say(f"written to {self.folder}")
-        return names.objective(self.measured, self.objective)
+        return names.objective(self.measured, self.objective, self.cost.points(self.learner))
+
+    def _check_objective(self) -> None:
+        """Refuse, before any training, an objective that the end of this run will not define."""
+        num, blocks = len(self.stream), self.learner.model.expert_layers.items()
+        sizes = {block: sum(layer.cohort_sizes) for block, layer in blocks}
+        loads = {
+            block: [ExpertLoad(torch.ones(size).double(), torch.ones(size).long(), torch.tensor(size))] * num
+            for block, size in sizes.items()
+        }
+        ended = Record(
+            self.stream.kind,
+            self.measured.names,
+            rows=[torch.zeros(num, dtype=torch.float64)] * (num + 1),
+            loads=[loads] * (num + 1),
+            cohorts=[{block: [(size, 0, False)] for block, size in sizes.items()}] * (num + 1),
+        )
+        costs = {**self.cost.points(self.learner), "cost/tokens_per_second": 1.0}
+        names.objective(ended, self.objective, costs)
+
+    def _check_learning(self) -> None:
+        """Refuse, before any training, a policy that leaves nothing to learn where nothing is ever born."""
+        seen: set[int] = {label for group in self.stream.classes_at_start for label in group}
+        for experience in self.training_stream:
+            stop = self.freeze.decide(Census(experience.index, {}), 0)
+            born = bool({*experience.classes} - seen)
+            if stop.everything and not self.growth.sizes and not born and len(experience.train):
+                raise InputError(
+                    got=f"nothing left to learn in experience {experience.index}",
+                    allowed="growth, or new classes in every experience, beside freeze=all_past",
+                    key="freeze (or growth)",
+                )
+            seen.update(experience.classes)
 
     def _state(self) -> dict[str, object]:
         return {
@@ -200,10 +243,12 @@ class Run:
         self.tracker.tag("failure", f"{type(error).__name__} at step {self.trainer.global_step}: {error}")
         self.tracker.finish("stopped" if stopped else "failed")
         if isinstance(error, RunFailedError):
-            boundary = len(self.measured.rows) - 1
+            kept = "nothing"
+            if self.saved is not None:
+                kept = f"the state after experience {self.saved} in {self.checkpoints}"
             error.args = (
-                f"{error}\nkept: the state after experience {boundary} in {self.checkpoints}"
-                f"\ngo on: cl-moe resume={self.folder}, after the cause is mended",
+                f"{error}\nkept: {kept}\ngo on: cl-moe resume={self.folder} when the cause is mended; "
+                "other settings need a run of their own",
             )
 
 

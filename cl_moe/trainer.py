@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
+
 import lightning as L  # noqa: N812
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from cl_moe.errors import InputError
 from cl_moe.stream import Stream
@@ -67,20 +69,29 @@ class TrainerSpec:
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
         warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
-        return L.Trainer(
-            max_epochs=0,  # raised before each fit: see ``raise_epochs``
-            accelerator=self.accelerator,
-            devices=self.devices,
-            precision=self.precision,  # type: ignore[arg-type]
-            gradient_clip_val=self.gradient_clip,
-            accumulate_grad_batches=self.accumulate,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-        )
+        try:
+            return L.Trainer(
+                max_epochs=0,  # raised before each fit: see ``raise_epochs``
+                accelerator=self.accelerator,
+                devices=self.devices,
+                precision=self.precision,  # type: ignore[arg-type]
+                gradient_clip_val=self.gradient_clip,
+                accumulate_grad_batches=self.accumulate,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                use_distributed_sampler=False,
+            )
+        except (ValueError, MisconfigurationException) as error:
+            raise InputError(
+                got=f"accelerator={self.accelerator}, precision={self.precision}, "
+                f"gradient_clip={self.gradient_clip}: {error}",
+                allowed="what this machine has (accelerator: auto, cpu, gpu, mps) and Lightning names "
+                "(precision: 32-true, bf16-mixed)",
+                key="trainer.accelerator, trainer.precision or trainer.gradient_clip",
+            ) from error
 
     def raise_epochs(self, trainer: L.Trainer) -> None:
         """Let the next fit train: without this a second fit of the same Trainer trains nothing, silently."""

@@ -11,6 +11,9 @@ from cl_moe.growth.census import Census
 from cl_moe.layers.routing import GROWTH_INITS
 
 
+_EVENTS = "{experience: experts}, e.g. {2: 64, 4: 16}"
+
+
 class GrowthSchedule(ABC):
     """Decides before each experience how many experts every expert layer grows by.
 
@@ -76,13 +79,16 @@ class At(GrowthSchedule):
     """Cohorts before chosen experiences.
 
     Args:
-        events: ``{experience index: experts}``, indices from 1.
+        events: ``{experience index: experts}``, indices from 1; None, the default of the YAML, is refused later.
         init: ``fresh``, ``copy`` or ``zero_output``.
         noise: relative noise of copies.
     """
 
-    def __init__(self, events: Mapping[int, int], init: str = "copy", noise: float = 0.01) -> None:
-        self.events = {_index(at): _positive(count, f"growth.events.{at}") for at, count in events.items()}
+    def __init__(self, events: Mapping[int, int] | None, init: str = "copy", noise: float = 0.01) -> None:
+        if events is not None and not isinstance(events, Mapping):
+            raise InputError(got=f"{events!r}", allowed=_EVENTS, key="growth.events")
+        given = {} if events is None else events
+        self.events = {_index(at): _positive(count, f"growth.events.{at}") for at, count in given.items()}
         self.init, self.noise = _birth(init, noise)
 
     def newborns(self, census: Census) -> int:
@@ -97,9 +103,7 @@ class At(GrowthSchedule):
     def check(self, num_experiences: int) -> None:
         """There must be events, each before an experience that exists, and not before the first."""
         if not self.events:
-            raise InputError(
-                got="no events", allowed="{experience: experts}, e.g. {2: 64, 4: 16}", key="growth.events"
-            )
+            raise InputError(got="no events", allowed=_EVENTS, key="growth.events")
         outside = [at for at in self.events if not 1 <= at < num_experiences]
         if outside:
             raise InputError(

@@ -67,7 +67,9 @@ def _nothing_routed(x: Tensor, mask: Tensor | None) -> Routing:
     return nothing if mask is None else nothing._replace(valid=mask.reshape(-1))
 
 
-@lru_cache(maxsize=64)  # made once per batch size: three allocations are a quarter of a small dense layer's time
+@lru_cache(
+    maxsize=64
+)  # made once per batch size: three allocations are a quarter of a small dense layer's time
 def _empty_routing(num_tokens: int, dtype: torch.dtype, device: torch.device) -> Routing:
     with torch.inference_mode(False):  # what an evaluation makes, training may meet
         return Routing(

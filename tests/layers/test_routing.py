@@ -3,7 +3,6 @@ import copy
 import pytest
 import torch
 
-from cl_moe.errors import InputError
 from cl_moe.layers import PEER, DenseFFN, ExpertLoad, MoE, Routing, fold_load
 
 
