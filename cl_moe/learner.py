@@ -132,6 +132,19 @@ class Learner(L.LightningModule):
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm. Lightning refuses a fused optimizer in bf16-mixed, though no gradient is scaled there."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(held, gradient_clip_val)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let strategies work on the gradients."""
         for strategy in self._gradient_hooks:

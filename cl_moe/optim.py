@@ -42,6 +42,15 @@ class OptimizerSpec(ABC):
         lr = getattr(self, "lr", None)
         if not isinstance(lr, (int, float)) or not lr > 0:
             raise InputError(got=f"lr={lr!r}", allowed="a number above 0", key="optimizer.lr")
+        for name in ("momentum", "weight_decay", "eps"):
+            value = getattr(self, name, 0.0)
+            if not isinstance(value, (int, float)) or not value >= 0:
+                raise InputError(got=f"{name}={value!r}", allowed="a number >= 0", key=f"optimizer.{name}")
+        betas = getattr(self, "betas", (0.0, 0.0))
+        if len(betas) != 2 or not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
+            raise InputError(
+                got=f"betas={list(betas)}", allowed="two numbers, each 0 <= beta < 1", key="optimizer.betas"
+            )
 
 
 class SGD(OptimizerSpec):

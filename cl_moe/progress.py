@@ -43,6 +43,7 @@ class StreamProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.bar.update(self.task, completed=self.done)
         self.bar.stop()
 
     def open(self, index: int) -> None:
