@@ -79,6 +79,9 @@ def _run(arguments: list[str], show_traceback: bool) -> int:
         return 0
     except _JobFailed as failed:
         error = failed.error
+    except BrokenPipeError:  # whoever read our output has seen enough (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (Exception, KeyboardInterrupt) as raised:
         error = raised
     if show_traceback:

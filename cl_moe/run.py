@@ -177,7 +177,8 @@ class Run:
         )
         points = names.stream_points(measured, boundary) | names.expert_points(measured, boundary)
         self.tracker.add(points, boundary)
-        self.tracker.add(self.cost.points(self.learner), self.trainer.global_step)
+        if boundary == 0 or measured.steps[-1] > measured.steps[-2]:  # joint training stands still after its start
+            self.tracker.add(self.cost.points(self.learner), self.trainer.global_step)
         checkpoint.save(self.checkpoints, boundary, self._state(), self.keep_checkpoints)
         self.saved = boundary
         self.tracker.send()

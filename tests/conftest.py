@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import shutil
@@ -43,19 +44,35 @@ def ready_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="session")
+def command_in(ready_store: Path) -> Callable[..., Outcome]:
+    """``command_in(folder, "layer=moe", ...)`` runs cl-moe in a folder, which gets a store if it has none."""
+
+    def run(folder: Path, *arguments: str) -> Outcome:
+        if not (folder / "mlflow.db").exists():
+            shutil.copy(ready_store, folder / "mlflow.db")
+        with contextlib.chdir(folder), _process_state():
+            return _run_here(*arguments)
+
+    return run
+
+
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready_store: Path) -> Iterator[Command]:
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command_in: Callable[..., Outcome], ready_store: Path
+) -> Command:
     """``command("layer=moe", ...)`` runs cl-moe in an empty folder that has an MLflow store."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(ready_store, tmp_path / "mlflow.db")
-    with _process_state():
-        yield _run_here
+    return functools.partial(command_in, tmp_path)
 
 
 @contextlib.contextmanager
 def _process_state() -> Iterator[None]:
     """Puts back what a command leaves in the process: Hydra's singletons, logging's handlers, a signal."""
     from hydra.core.singleton import Singleton
+
+    from cl_moe import cli  # noqa: F401 - its import tells Hydra the version to be like
 
     singletons, handler = Singleton.get_state(), signal.getsignal(signal.SIGINT)
     root = logging.getLogger()

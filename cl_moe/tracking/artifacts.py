@@ -47,18 +47,18 @@ class Matrix(NamedTuple):
 
 
 def write_artifacts(record: Record, folder: Path) -> list[Path]:
-    """Write matrix, ledger, loads (where there are experts) and environment into ``folder``, made if missing.
+    """Write matrix, ledger, loads (no lines without experts), environment into ``folder``, made if missing.
 
     Returns:
         The paths written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written = [
+    return [
         write_matrix(record, folder / MATRIX),
         write_ledger(record.ledger, folder / LEDGER),
+        write_loads(record, folder / LOADS),
         write_environment(folder / ENVIRONMENT),
     ]
-    return [*written, write_loads(record, folder / LOADS)] if any(record.loads) else written
 
 
 def write_matrix(record: Record, path: Path) -> Path:
@@ -108,8 +108,7 @@ def write_loads(record: Record, path: Path) -> Path:
     """Expert loads in long form: a line per point, layer, experience and expert that was chosen at all.
 
     Columns: ``experiences_trained`` int32, ``layer`` int32 (block index), ``experience`` int32, ``expert``
-        int64
-    (its id for life), ``cohort`` int32, ``birth`` int32 (experiences trained before it was born), ``frozen``
+    int64 (its id for life), ``cohort`` int32, ``birth`` int32 (experiences trained before it was born), ``frozen``
     bool (by then), ``score`` float64 (gating weight accumulated), ``count`` int64 (slots, dropped ones
     included). Lines with count 0 are left out; how many experts there are stands in the file's metadata,
     ``num_experts``: JSON, for each point ``{layer: N}``. Slots kept stand there too, ``kept``: JSON, for each

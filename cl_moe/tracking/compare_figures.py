@@ -36,7 +36,7 @@ class Left(NamedTuple):
 
 
 def draw_figures(client: MlflowClient, arms: Sequence[Arm], folder: Path) -> tuple[list[Path], list[str]]:
-    """Write ``forgetting_curves.png``, ``accuracy_matrix.png`` and, with experts, ``expert_load.png``.
+    """Write ``forgetting_curves.png``, ``accuracy_matrix.png`` and ``expert_load.png``.
 
     Args:
         client: of the store that has the artifacts.
@@ -62,8 +62,7 @@ def draw_figures(client: MlflowClient, arms: Sequence[Arm], folder: Path) -> tup
     kind: Kind = "language" if is_language(arms) else "classification"
     curves, heat = compare_curves(matrices, names, kind), compare_matrices(matrices, names, kind)
     written = [save(curves, folder / "forgetting_curves.png"), save(heat, folder / "accuracy_matrix.png")]
-    if loads:
-        written.append(save(compare_loads(loads), folder / "expert_load.png"))
+    written.append(save(compare_loads(loads), folder / "expert_load.png"))
     return written, notes
 
 

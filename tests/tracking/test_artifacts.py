@@ -44,7 +44,8 @@ def test_all_of_them(record, tmp_path):
     names = {"accuracy_matrix.csv", "ledger.json", "environment.txt", "expert_load.parquet"}
     assert {path.name for path in written} == names == set(os.listdir(tmp_path / "new"))
     record.loads = [{}, {}, {}]
-    assert len(artifacts.write_artifacts(record, tmp_path / "dense")) == 3
+    assert {path.name for path in artifacts.write_artifacts(record, tmp_path / "dense")} == names
+    assert pd.read_parquet(tmp_path / "dense" / "expert_load.parquet").empty
 
 
 def test_matrix_reads_back_exactly(record, tmp_path):

@@ -25,10 +25,13 @@ __all__ = [
 def write_figures(record: Record, folder: Path) -> list[Path]:
     """Write the figures of a run into ``folder``, made if missing; returns their paths.
 
-    ``accuracy_matrix.png``, ``forgetting_curves.png``, and ``expert_load.png`` where there are expert layers.
+    ``accuracy_matrix.png``, ``forgetting_curves.png``, ``expert_load.png``; the last says so where a model
+    has no expert layers, so that whoever looks for a run's files finds the same ones everywhere.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {"accuracy_matrix.png": accuracy_matrix, "forgetting_curves.png": forgetting_curves}
-    if any(record.loads):
-        drawn["expert_load.png"] = expert_load
+    drawn = {
+        "accuracy_matrix.png": accuracy_matrix,
+        "forgetting_curves.png": forgetting_curves,
+        "expert_load.png": expert_load,
+    }
     return [save(draw(record), folder / name) for name, draw in drawn.items()]

@@ -122,14 +122,12 @@ def compare_loads(arms: Mapping[str, Mapping[int, Sequence[np.ndarray]]]) -> Fig
 
     Args:
         arms: ``{arm: {block index: [load of each seed]}}``, each (N,), score-weighted, not normalised; N may
-            differ between arms and seeds. Arms without expert layers have an empty inner mapping.
-
-    Raises:
-        InputError: no arm has a load.
+            differ between arms and seeds. Arms without expert layers have an empty inner mapping; where no
+            arm has any, the page says so.
     """
     layers = sorted({layer for per_layer in arms.values() for layer in per_layer})
     if not layers:
-        raise InputError(got="arms without expert layers", allowed="at least one load", key="arms")
+        return style.page("No arm has expert layers.")
     looks = style.line_styles(arms)
     panel = max(2.9, 1.1 + 0.3 * len(arms))
     figure = style.new_figure(10, panel * len(layers))

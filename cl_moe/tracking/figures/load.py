@@ -35,7 +35,7 @@ def expert_load(record: Record) -> Figure:
     loads = record.loads[-1] if record.loads else {}
     loads = {layer: row for layer, row in loads.items() if row and row[0].score.numel()}
     if not loads:
-        return _empty_page("This model has no expert layers.")
+        return style.page("This model has no expert layers.")
     cohorts = {layer: _cohorts(record, layer, row[0].score.numel()) for layer, row in loads.items()}
     heights = [_height(row[0].score.numel(), len(cohorts[layer])) for layer, row in loads.items()]
     width = max(7.5, min(3.6 + 0.5 * len(record.names), 14))
@@ -152,9 +152,3 @@ def _height(num_experts: int, num_cohorts: int) -> float:
     """Inches for one layer."""
     rows = num_experts if num_experts <= MOST_EXPERTS else 2 * num_cohorts
     return 2.3 + 0.09 * rows if num_experts <= MOST_EXPERTS else max(3.0, 2.0 + 0.14 * rows)
-
-
-def _empty_page(message: str) -> Figure:
-    figure = style.new_figure(6, 2)
-    figure.text(0.5, 0.5, message, ha="center", va="center", fontsize=11, color=style.INK)
-    return figure

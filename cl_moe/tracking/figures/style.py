@@ -145,3 +145,10 @@ def cell_texts(axes: Axes, shown: np.ndarray, texts: Sequence[Sequence[str]], si
             column, row, texts[row][column], ha="center", va="center", fontsize=size,
             color="white" if dark else "black",
         )  # fmt: skip
+
+
+def page(message: str) -> Figure:
+    """A figure that only says something."""
+    figure = new_figure(6, 3)
+    figure.text(0.5, 0.5, message, ha="center", va="center", fontsize=11, color=INK)
+    return figure

@@ -1,0 +1,72 @@
+"""What the README tells a stranger to type is true."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+
+import conf
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+GROUPS = Path(conf.__path__[0])
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def commands() -> list[str]:
+    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line.split(" ")[0] == "cl-moe" and not re.search("resume=|--", line)]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_compose(command: str):
+    overrides = [word for word in shlex.split(command)[1:] if word != "-m"]
+    first_of_sweep = [re.sub(r"=([^\[,]+),.*", r"=\1", word) for word in overrides]
+    with initialize_config_module("conf", version_base="1.3"):
+        compose("config", first_of_sweep)
+
+
+def test_there_are_commands():
+    assert len(commands()) >= 5
+
+
+def test_tables_name_options_that_exist_and_miss_none():
+    for group in ("stream", "layer", "model", "growth", "freeze", "strategy", "optimizer", "tracking"):
+        for path in (GROUPS / group).glob("*.yaml"):
+            assert f"`{path.stem}`" in README, f"{group}={path.stem} is not in the README"
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_code_runs(code: str, capsys: pytest.CaptureFixture[str]):
+    exec(compile(code, "README.md", "exec"), {})
+    assert "torch.Size" in capsys.readouterr().out
+
+
+def test_linked_files_exist():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert not missing, missing
+
+
+def test_an_own_stream_needs_a_yaml_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import pandas as pd
+
+    recipes = pd.DataFrame({"split": ["train", "validation"], "text": ["stir the soup " * 50, "bake " * 50]})
+    recipes.to_parquet(tmp_path / "recipes.parquet")
+    monkeypatch.setenv("CL_MOE_DATA", str(tmp_path))
+    (yaml,) = blocks("yaml")
+    (tmp_path / "conf" / "stream").mkdir(parents=True)
+    (tmp_path / "conf" / "stream" / "recipes.yaml").write_text(yaml)
+    with initialize_config_module("conf", version_base="1.3"):
+        config = compose("config", ["stream=recipes", f"hydra.searchpath=[file://{tmp_path / 'conf'}]"])
+    stream = instantiate(config.stream)
+    assert [experience.name for experience in stream] == ["novels_en", "recipes"]
