@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             warnings.filterwarnings("ignore", category=UserWarning, module="hydra")
             status = _run(arguments, show_traceback=before[0] == "1")
     finally:
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.close()
         sys.argv = before[1]
         os.environ.pop("HYDRA_FULL_ERROR")
         if before[0] is not None:

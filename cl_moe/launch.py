@@ -159,7 +159,7 @@ def arm_name(labels: Mapping[str, str], overrides: list[str]) -> str:
     """
     layer = f"moe {labels['router']}" if labels["layer"] == "moe" else labels["layer"]
     chosen = [labels[group] for group in ("growth", "freeze") if labels[group] != "never"]
-    others = [o for o in overrides if not o.lstrip("+~").startswith(NOT_ARM)]
+    others = sorted(o for o in overrides if not o.lstrip("+~").startswith(NOT_ARM))
     return " ".join([layer, *chosen, labels["strategy"], *others])
 
 

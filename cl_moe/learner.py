@@ -138,7 +138,7 @@ class Learner(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm. Lightning refuses a fused optimizer in bf16-mixed, though no gradient is scaled there."""
+        """Clip by norm; Lightning refuses a fused optimizer in bf16-mixed, though nothing is scaled there."""
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:

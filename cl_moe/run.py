@@ -149,7 +149,10 @@ class Run:
 
     def loader(self, experience: Experience) -> DataLoader:
         """Training batches of an experience, in an order of its own."""
-        return training_loader(experience.train, self.spec.batch_size, self.seed_data, experience.index)
+        loader = training_loader(experience.train, self.spec.batch_size, self.seed_data, experience.index)
+        # After a restart Lightning draws the first pass before it sets the epoch, in a longer run after it.
+        loader.sampler.set_epoch(self.trainer.current_epoch)  # type: ignore[attr-defined]
+        return loader
 
     def record_shock(self, after: Evaluation) -> None:
         """Note how the mean score on the experiences seen jumped when the model grew."""
@@ -177,7 +180,9 @@ class Run:
         )
         points = names.stream_points(measured, boundary) | names.expert_points(measured, boundary)
         self.tracker.add(points, boundary)
-        if boundary == 0 or measured.steps[-1] > measured.steps[-2]:  # joint training stands still after its start
+        if (
+            boundary == 0 or measured.steps[-1] > measured.steps[-2]
+        ):  # joint training stands still after its start
             self.tracker.add(self.cost.points(self.learner), self.trainer.global_step)
         checkpoint.save(self.checkpoints, boundary, self._state(), self.keep_checkpoints)
         self.saved = boundary

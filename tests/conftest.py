@@ -101,7 +101,7 @@ def _run_here(*arguments: str) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "run", noting)
         patch.setattr(sys, "argv", ["cl-moe"])
-        with contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
-            with pytest.raises(SystemExit) as ended:
-                cli.main(arguments)
+        quiet = contextlib.redirect_stderr(text), contextlib.redirect_stdout(text)
+        with quiet[0], quiet[1], pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
     return Outcome(int(ended.value.code or 0), text.getvalue(), objectives)

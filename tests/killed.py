@@ -28,7 +28,7 @@ PLACES = {
 
 
 def arm(place: str, count: int) -> None:
-    """Die in the ``count``-th call of a place: before it if the place begins with "before ", else after it."""
+    """Die in the ``count``-th call of a place: "before ..." as it begins, "after ..." as it ends."""
     moment, _, name = place.partition(" ")
     owner, attribute = PLACES[name]
     original, calls = getattr(owner, attribute), []

@@ -81,10 +81,8 @@ def test_a_path_trains_and_its_record_holds_together(path: str, command: Callabl
 
 def _loads_agree(folder: Path, has_experts: bool) -> None:
     """Every row has loads of its own: as many slots per experience, over the experts there were."""
-    assert (folder / artifacts.LOADS).exists() == has_experts
-    if not has_experts:
-        return
     points = artifacts.read_loads(folder / artifacts.LOADS)
+    assert any(points) == has_experts
     ledger = artifacts.read_ledger(folder / artifacts.LEDGER)
     first = points[0]
     for i, layers in enumerate(points):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -45,8 +46,9 @@ def test_tables_name_options_that_exist_and_miss_none():
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_code_runs(code: str, capsys: pytest.CaptureFixture[str]):
-    exec(compile(code, "README.md", "exec"), {})
+def test_code_runs(code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "snippet.py").write_text(code)
+    runpy.run_path(str(tmp_path / "snippet.py"))
     assert "torch.Size" in capsys.readouterr().out
 
 

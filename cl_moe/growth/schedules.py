@@ -78,7 +78,7 @@ class At(GrowthSchedule):
     """Cohorts before chosen experiences.
 
     Args:
-        events: ``{experience index: experts}``, indices from 1; None, the default of the YAML, is refused later.
+        events: ``{experience index: experts}``, indices from 1; None (as in the YAML) fails ``check``.
         init: ``fresh``, ``copy`` or ``zero_output``.
         noise: relative noise of copies.
     """
