@@ -30,8 +30,7 @@ def save(folder: Path, boundary: int, state: dict[str, Any], keep: int) -> Path:
     Files of this boundary or a later one that stand there already were passed over when the run was resumed:
     they are bad or of another future, and go first, so that they never push out a good one.
     """
-    if keep < 1:
-        raise InputError(got=f"keep_checkpoints={keep}", allowed="at least 1", key="keep_checkpoints")
+    check_keep(keep)
     folder.mkdir(parents=True, exist_ok=True)
     for half_written in folder.glob(".boundary_*.pt.*"):  # of a process that was killed; there is one writer
         half_written.unlink()
@@ -45,6 +44,14 @@ def save(folder: Path, boundary: int, state: dict[str, Any], keep: int) -> Path:
     for old in [*(other for other in others if other not in past), *past[keep - 1 :]]:
         old.unlink()
     return path
+
+
+def check_keep(keep: int) -> None:
+    """Refuse to keep none."""
+    if not isinstance(keep, int) or keep < 1:
+        raise InputError(
+            got=f"keep_checkpoints={keep}", allowed="a whole number, at least 1", key="keep_checkpoints"
+        )
 
 
 def newest(folder: Path) -> dict[str, Any] | None:

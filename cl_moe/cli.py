@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
@@ -21,9 +24,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_moe.errors import InputError, RunFailedError
+from cl_moe.errors import InputError, RunFailedError, StopRequestedError
 
-INPUT_WRONG, FAILED, STOPPED = 2, 1, 130
+INPUT_WRONG, FAILED, INTERRUPTED, STOPPED = 2, 1, 130, 75
 
 
 class _JobFailed(BaseException):
@@ -53,13 +56,13 @@ def _task(config: DictConfig) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run ``cl-moe`` with arguments and exit: 0 done, 2 wrong input, 1 failed, 130 interrupted."""
+    """Run ``cl-moe`` and exit: 0 done, 2 wrong input, 1 failed, 75 stopped by SIGTERM, 130 by Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     before = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     # With this variable Hydra hands its errors to us, instead of printing them and exiting with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _stopping_on_sigterm():
             warnings.filterwarnings("ignore", category=UserWarning, module="hydra")
             status = _run(arguments, show_traceback=before[0] == "1")
     finally:
@@ -85,7 +88,7 @@ def _run(arguments: list[str], show_traceback: bool) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (Exception, KeyboardInterrupt) as raised:
+    except (Exception, KeyboardInterrupt, StopRequestedError) as raised:
         error = raised
     if show_traceback:
         raise error
@@ -95,10 +98,33 @@ def _run(arguments: list[str], show_traceback: bool) -> int:
     return status
 
 
+@contextmanager
+def _stopping_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM, a scheduler's polite request, into an exception that closes the run in order."""
+
+    def stop(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the closing is not to be interrupted
+        raise StopRequestedError
+
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def explain(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
     """Exit status and message of an error; configuration errors are the user's, the rest is a failed run."""
     if isinstance(error, KeyboardInterrupt):
-        return STOPPED, "stopped by the keyboard; finished experiences are kept, resume=<run folder> goes on"
+        return (
+            INTERRUPTED,
+            "stopped by the keyboard; finished experiences are kept, resume=<run folder> goes on",
+        )
+    if isinstance(error, StopRequestedError):
+        return STOPPED, str(error) or "stopped on request, before anything was trained"
     cause = error
     while not isinstance(cause, InputError) and cause.__cause__ is not None:
         cause = cause.__cause__

@@ -1,4 +1,4 @@
-"""The two ways in which a run may end badly, each with a message a user can act on."""
+"""The ways in which a run may end before its end, each with a message a user can act on."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ class InputError(ValueError):
 
 def _rebuild_input_error(got: str, allowed: str, key: str) -> InputError:
     return InputError(got=got, allowed=allowed, key=key)
+
+
+class StopRequestedError(BaseException):
+    """The process was asked to stop (SIGTERM, status 75). Like Ctrl-C, it passes whatever catches errors."""
 
 
 class RunFailedError(RuntimeError):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from cl_moe import checkpoint
 from cl_moe.batches import training_loader
 from cl_moe.cost import CostMeter
-from cl_moe.errors import InputError, RunFailedError
+from cl_moe.errors import InputError, RunFailedError, StopRequestedError
 from cl_moe.evaluation import Evaluation
 from cl_moe.growth import Census, FreezePolicy, GrowthSchedule
 from cl_moe.growth.adapt import add_classes, births, check_growth, take_census
@@ -71,6 +71,7 @@ class Run:
     tags: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        checkpoint.check_keep(self.keep_checkpoints)
         self.growth.check(len(self.stream))
         check_growth(self.learner.model, self.growth)
         self.training_stream = training_view(self.stream, self.learner.strategies)
@@ -245,17 +246,19 @@ class Run:
         }
 
     def _fail(self, error: BaseException) -> None:
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit | StopRequestedError)
         self.tracker.tag("failure", f"{type(error).__name__} at step {self.trainer.global_step}: {error}")
         self.tracker.finish("stopped" if stopped else "failed")
+        kept = "nothing"
+        if self.saved is not None:
+            kept = f"the state after experience {self.saved} in {self.checkpoints}"
+        go_on = f"kept: {kept}\ngo on: cl-moe resume={self.folder}"
         if isinstance(error, RunFailedError):
-            kept = "nothing"
-            if self.saved is not None:
-                kept = f"the state after experience {self.saved} in {self.checkpoints}"
             error.args = (
-                f"{error}\nkept: {kept}\ngo on: cl-moe resume={self.folder} when the cause is mended; "
-                "other settings need a run of their own",
+                f"{error}\n{go_on} when the cause is mended; other settings need a run of their own",
             )
+        elif isinstance(error, StopRequestedError):
+            error.args = (f"stopped on request\n{go_on}",)
 
 
 def training_view(stream: Stream, strategies: Mapping[str, Strategy]) -> Stream:

@@ -35,6 +35,7 @@ def runs(folder: Path) -> list:
 
 
 WRONG: dict[tuple[str, ...], tuple[str, ...]] = {  # arguments: words that the message must hold
+    ("keep_checkpoints=0",): ("got: keep_checkpoints=0", "at least 1", "change: keep_checkpoints"),
     ("stream=nonsense",): (
         "got: stream=nonsense",
         "allowed: permuted_digits, split_digits",
@@ -173,22 +174,34 @@ def test_wrong_input_in_one_job_of_a_multirun(command: Callable, tmp_path: Path)
 
 
 @pytest.mark.parametrize("where", ["training_step", "test_step", "configure_optimizers"])
-def test_ctrl_c_stops_and_can_go_on(
-    where: str, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [(signal.SIGINT, 130, "stopped by the keyboard"), (signal.SIGTERM, 75, "go on: cl-moe resume=")],
+)
+def test_a_signal_stops_a_run_and_it_can_go_on(
+    number: int,
+    status: int,
+    words: str,
+    where: str,
+    command: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     original, calls = getattr(Learner, where), []
 
     def pressed(self: Learner, *args: object) -> object:
         calls.append(1)
         if self.experience is not None and self.experience.index == 1 and len(calls) > 0:
             monkeypatch.setattr(Learner, where, original)
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return original(self, *args)
 
     monkeypatch.setattr(Learner, where, pressed)
     stopped = command(*SMALL)
-    assert stopped.status == 130
-    assert "stopped by the keyboard" in stopped.text
+    assert stopped.status == status
+    assert words in stopped.text
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
     assert "Traceback" not in stopped.text
     (run,) = runs(tmp_path)
     assert (run.info.status, run.data.tags["status"]) == ("KILLED", "stopped")
