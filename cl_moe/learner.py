@@ -114,13 +114,11 @@ class Learner(L.LightningModule):
         logits, routings = self.model(inputs, mask=mask)
         terms = {"task_loss": self.task_loss(logits, targets)}
         for routing in routings.values():
-            for name, value in routing.losses.items():
-                terms[name] = terms[name] + value if name in terms else value
+            _add_terms(terms, routing.losses)
         if self._loss_hooks:
             step = Step(self.model, inputs, targets, mask, logits, routings)
             for strategy in self._loss_hooks:
-                for name, value in strategy.loss(step).items():
-                    terms[name] = terms[name] + value if name in terms else value
+                _add_terms(terms, strategy.loss(step))
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else terms["task_loss"]
         self._watch(loss, terms)
         self.tick()
@@ -257,6 +255,12 @@ def padding_mask(targets: Tensor) -> Tensor | None:
     """(B, S) bool, False on padding; None where there is none, which spares the layers the work."""
     mask = targets != IGNORE
     return None if bool(mask.all()) else mask
+
+
+def _add_terms(terms: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """Terms of one name add up: several layers balance their load, a strategy may stand twice."""
+    for name, value in more.items():
+        terms[name] = terms[name] + value if name in terms else value
 
 
 def _groups(stream: Stream) -> Tensor:

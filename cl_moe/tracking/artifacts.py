@@ -109,10 +109,10 @@ def write_loads(record: Record, path: Path) -> Path:
 
     Columns: ``experiences_trained`` int32, ``layer`` int32 (block index), ``experience`` int32, ``expert``
     int64 (its id for life), ``cohort`` int32, ``birth`` int32 (experiences trained before it was born),
-    ``frozen`` bool (by then), ``score`` float64 (gating weight accumulated), ``count`` int64 (slots, dropped ones
-    included). Lines with count 0 are left out; how many experts there are stands in the file's metadata,
-    ``num_experts``: JSON, for each point ``{layer: N}``. Slots kept stand there too, ``kept``: JSON, for each
-    point ``{layer: [per experience]}``.
+    ``frozen`` bool (by then), ``score`` float64 (gating weight accumulated), ``count`` int64 (slots,
+    dropped ones included). Lines with count 0 are left out; how many experts there are stands in the file's
+    metadata, ``num_experts``: JSON, for each point ``{layer: N}``. Slots kept stand there too, ``kept``:
+    JSON, for each point ``{layer: [per experience]}``.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
