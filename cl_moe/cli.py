@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cl_moe.errors import InputError, RunFailedError, StopRequestedError
+from cl_moe.schema import COMMAND
 
 INPUT_WRONG, FAILED, INTERRUPTED, STOPPED = 2, 1, 130, 75
 
@@ -151,13 +152,15 @@ def resume_arguments(arguments: list[str]) -> list[str]:
         return arguments
     uris = [a.removeprefix("tracking.uri=") for a in arguments if a.startswith("tracking.uri=")]
     folder = _run_folder(chosen[-1], *uris[-1:])
-    stored = [str(o) for o in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
-    known = [o for o in stored if not o.startswith("resume=")]
-    flags = [a for a in arguments if a.startswith("-")]
+    command = OmegaConf.load(folder / COMMAND)
+    known = [str(o) for o in command.overrides if not str(o).startswith("resume=")]
+    flags = _flags(arguments)
     if {"-m", "--multirun"} & {*flags}:
         raise InputError(
             got="resume in a multirun", allowed="one run at a time, by its own folder or run id", key="resume"
         )
+    if command.config_dir and not any(flag.startswith(("--config-dir", "-cd")) for flag in flags):
+        flags.append(f"--config-dir={str(command.config_dir).removeprefix('file://')}")
     for argument in arguments:
         if argument not in flags and not argument.startswith("resume=") and argument not in known:
             raise InputError(
@@ -168,6 +171,16 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     known = [o for o in known if not o.startswith("output_dir=")]  # it may be relative to another folder
     names = ("resume", "hydra.run.dir", "output_dir")
     return [*flags, *known, *(f"{name}={_quoted(folder)}" for name in names), "hydra.output_subdir=null"]
+
+
+def _flags(arguments: list[str]) -> list[str]:
+    """Hydra's own flags among the arguments, each with the value that follows it."""
+    with_value = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
+    return [
+        word
+        for before, word in zip(["", *arguments], arguments, strict=False)
+        if word.startswith("-") or before in with_value
+    ]
 
 
 def _run_folder(name: str, *uri: str) -> Path:
@@ -184,7 +197,7 @@ def _run_folder(name: str, *uri: str) -> Path:
             folder = Path(find_run(name, *uri).get("output_dir", ""))
         except InputError:
             raise wrong from None
-    if not (folder / ".hydra" / "overrides.yaml").is_file():
+    if not (folder / COMMAND).is_file():
         raise wrong
     return folder.resolve()
 

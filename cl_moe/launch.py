@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import cl_moe
@@ -19,13 +18,13 @@ from cl_moe.errors import InputError
 from cl_moe.experiment import run_experiment
 from cl_moe.learner import Learner
 from cl_moe.run import Run
+from cl_moe.schema import COMMAND, GROUPS, check_config
 from cl_moe.seeds import seeded
 
-GROUPS = ("stream", "model", "layer", "router", "growth", "freeze", "optimizer", "trainer", "tracking")
 # What never makes another arm: where and when it ran, which seeds, and the groups that are named anyway.
 NOT_ARM = tuple(f"{group}=" for group in ("stream", "layer", "router", "growth", "freeze", "strategy"))
 NOT_ARM += ("seed.", "tracking", "output_dir=", "resume=", "objective=", "keep_checkpoints=", "hydra")
-NOT_ARM += ("arm=", "experiment=", "mlflow_experiment=")
+NOT_ARM += ("arm=", "experiment=", "mlflow_experiment=", "stream.order=")
 
 
 def run(config: DictConfig) -> float:
@@ -39,7 +38,7 @@ def build(config: DictConfig) -> Run:
     Raises:
         InputError: a key, a value, or a combination of them cannot be.
     """
-    check_keys(config)
+    check_config(config)
     folder = Path(config.output_dir).absolute()
     store_config(config, folder)
     stream = instantiate(config.stream)
@@ -74,29 +73,6 @@ def build(config: DictConfig) -> Run:
     )
 
 
-def check_keys(config: DictConfig) -> None:
-    """Every key of a node with a ``_target_`` must be a parameter of that class (law 8).
-
-    Raises:
-        InputError: with the key that is not, the parameters there are, and the place.
-    """
-    if not config.get("strategy"):
-        raise InputError(got="strategy=[]", allowed="a strategy, or naive for none", key="strategy")
-    for name, seed in config.seed.items():
-        if isinstance(seed, bool) or not (isinstance(seed, int) or (name == "order" and seed is None)):
-            allowed = "a whole number" + (", or null for the natural order" if name == "order" else "")
-            raise InputError(got=f"seed.{name}={seed!r}", allowed=allowed, key=f"seed.{name}")
-    for place, node in _nodes(OmegaConf.to_container(config, resolve=False)):
-        parameters = inspect.signature(get_object(node["_target_"])).parameters
-        for key in node:
-            if key not in parameters and key not in ("_target_", "_partial_"):
-                raise InputError(
-                    got=f"{place}.{key}, which {node['_target_']} does not take",
-                    allowed=", ".join(parameters),
-                    key=f"{place}.{key}",
-                )
-
-
 def store_config(config: DictConfig, folder: Path) -> None:
     """Write the resolved configuration into the run's folder; a resumed run must bring the same."""
     path = folder / "config.yaml"
@@ -118,12 +94,13 @@ def store_config(config: DictConfig, folder: Path) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    overrides = folder / ".hydra" / "overrides.yaml"
-    if (
-        not overrides.exists()
-    ):  # Hydra wrote them elsewhere if output_dir was given; resume looks for them here
-        overrides.parent.mkdir(exist_ok=True)
-        write_atomically(overrides, OmegaConf.to_yaml(HydraConfig.get().overrides.task).encode())
+    sources = HydraConfig.get().runtime.config_sources
+    command = {
+        "overrides": list(HydraConfig.get().overrides.task),
+        "config_dir": next((source.path for source in sources if source.provider == "command-line"), None),
+    }
+    # Not Hydra's own record, which stands elsewhere if output_dir was given, and may be half written.
+    write_atomically(folder / COMMAND, OmegaConf.to_yaml(OmegaConf.create(command)).encode())
     write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(resolved)).encode())
 
 
@@ -140,7 +117,7 @@ def tags(config: DictConfig, scenario: str, folder: Path) -> dict[str, str]:
         "scenario": scenario,
         "strategy": "+".join(str(name) for name in config.strategy),
         "seed.init": str(config.seed.init),
-        "seed.order": "natural" if config.seed.order is None else str(config.seed.order),
+        "seed.order": _order(config),
         "seed.data": str(config.seed.data),
         "git_commit": commit,
         "git_dirty": dirty,
@@ -159,7 +136,8 @@ def arm_name(labels: Mapping[str, str], overrides: list[str]) -> str:
     """
     layer = f"moe {labels['router']}" if labels["layer"] == "moe" else labels["layer"]
     chosen = [labels[group] for group in ("growth", "freeze") if labels[group] != "never"]
-    others = sorted(o for o in overrides if not o.lstrip("+~").startswith(NOT_ARM))
+    ignored = NOT_ARM if labels["layer"] == "moe" else (*NOT_ARM, "router.")
+    others = sorted(o for o in overrides if not o.lstrip("+~").startswith(ignored))
     return " ".join([layer, *chosen, labels["strategy"], *others])
 
 
@@ -190,12 +168,12 @@ def checkout() -> tuple[str, str]:
         return "unknown", "unknown"
 
 
-def _nodes(tree: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    if isinstance(tree, dict):
-        if "_target_" in tree:
-            yield place, tree
-        for key, value in tree.items():
-            yield from _nodes(value, f"{place}.{key}" if place else str(key))
+def _order(config: DictConfig) -> str:
+    """The order of the experiences: a list, a seed, or the stream's natural one."""
+    listed = config.stream.get("order")
+    if listed is not None:
+        return " ".join(str(item) for item in listed) if OmegaConf.is_list(listed) else str(listed)
+    return "natural" if config.seed.order is None else str(config.seed.order)
 
 
 def _own(raw: Any, resolved: Any) -> Any:

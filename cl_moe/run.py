@@ -223,11 +223,23 @@ class Run:
 
     def _check_learning(self) -> None:
         """Refuse, before any training, a policy that leaves nothing to learn where nothing is ever born."""
+        if (
+            self.growth.sizes
+            and len(self.stream) > 1
+            and not any(len(e.train) for e in self.training_stream[1:])
+        ):
+            raise InputError(
+                got=f"growth, and strategy={'+'.join(self.learner.strategies)}, which trains before it only",
+                allowed="growth=never beside joint training",
+                key="growth (or strategy)",
+            )
         seen: set[int] = {label for group in self.stream.classes_at_start for label in group}
         for experience in self.training_stream:
-            stop = self.freeze.decide(Census(experience.index, {}), 0)
-            born = bool({*experience.classes} - seen)
-            if stop.everything and not self.growth.sizes and not born and len(experience.train):
+            census = Census(experience.index, {})
+            newborns = self.growth.newborns(census)
+            stop = self.freeze.decide(census, newborns)
+            born = newborns or {*experience.classes} - seen
+            if stop.everything and not born and len(experience.train):
                 raise InputError(
                     got=f"nothing left to learn in experience {experience.index}",
                     allowed="growth, or new classes in every experience, beside freeze=all_past",

@@ -12,6 +12,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from cl_moe.errors import InputError
 from cl_moe.stream import Stream
 
+PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+
 
 class TrainerSpec:
     """Builds the one Trainer that serves a whole stream.
@@ -22,7 +24,7 @@ class TrainerSpec:
         eval_batch_size: examples per evaluation batch.
         accelerator: ``auto`` takes a GPU where there is one; ``cpu``, ``gpu``, ``mps``.
         devices: how many; one in this version.
-        precision: as Lightning names it: ``32-true``, ``bf16-mixed``.
+        precision: as Lightning names it: ``32-true``, ``bf16-mixed`` (weights in float32), ``64-true``.
         threads: torch's CPU threads; fixed, since another number changes the bits.
         gradient_clip: largest gradient norm; None for no clipping.
         accumulate: batches per optimizer step.
@@ -55,6 +57,14 @@ class TrainerSpec:
                 raise InputError(
                     got=f"{name}={value!r}", allowed="a whole number, at least 1", key=f"trainer.{name}"
                 )
+        if gradient_clip is not None and not gradient_clip > 0:
+            raise InputError(
+                got=f"gradient_clip={gradient_clip}", allowed="above 0, or null", key="trainer.gradient_clip"
+            )
+        if precision not in PRECISIONS:
+            raise InputError(
+                got=f"precision={precision}", allowed=", ".join(PRECISIONS), key="trainer.precision"
+            )
         if devices != 1:
             raise InputError(got=f"devices={devices}", allowed="1 with trainer=auto", key="trainer.devices")
         self.epochs, self.batch_size, self.eval_batch_size = epochs, batch_size, eval_batch_size
@@ -86,11 +96,9 @@ class TrainerSpec:
             )
         except (ValueError, MisconfigurationException) as error:
             raise InputError(
-                got=f"accelerator={self.accelerator}, precision={self.precision}, "
-                f"gradient_clip={self.gradient_clip}: {error}",
-                allowed="what this machine has (accelerator: auto, cpu, gpu, mps) and Lightning names "
-                "(precision: 32-true, bf16-mixed)",
-                key="trainer.accelerator, trainer.precision or trainer.gradient_clip",
+                got=f"accelerator={self.accelerator}: {error}",
+                allowed="auto, or what this machine has of cpu, gpu, mps",
+                key="trainer.accelerator",
             ) from error
 
     def raise_epochs(self, trainer: L.Trainer) -> None:

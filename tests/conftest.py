@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+collect_ignore = ["killed.py"]  # a program for test_resume, not a test
 torch.set_num_threads(1)
 settings.register_profile("cl_moe", deadline=None, derandomize=True)
 settings.load_profile("cl_moe")

@@ -24,7 +24,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("growth", "strategies"), 2),
     **dict.fromkeys(("learner", "tracking", "checkpoint", "progress", "trainer"), 3),
     **dict.fromkeys(("experiment", "run", "evaluation", "cost"), 4),
-    **dict.fromkeys(("cli", "launch", "worker", "__main__"), 5),
+    **dict.fromkeys(("cli", "launch", "schema", "worker", "__main__"), 5),
 }
 """Rooms of ``cl_moe``; "" is the package itself. A module is in the longest room its name begins with."""
 
@@ -44,6 +44,8 @@ SIBLINGS: dict[tuple[str, str], str] = {
     ("run", "cost"): "a run meters what it costs",
     ("__main__", "cli"): "python -m cl_moe is the command line",
     ("cli", "launch"): "the command line starts the ranks",
+    ("cli", "schema"): "resume reads what a launch wrote",
+    ("launch", "schema"): "what is launched was checked first",
 }
 """Imports along a floor, tolerated with a reason. None of them may have its way back in this table."""
 

@@ -9,7 +9,7 @@ from cl_moe.strategies.teacher import DistillingStrategy, check_weight, squared_
 
 
 class LifelongMoE(DistillingStrategy):
-    """Loss = task + lambda KL(M_old || M_new) on the new data, and optionally an L2 pull to the old trunk.
+    """Loss = task + lambda KL(M_old || M_new) on the new data, and optionally an L2 pull to the old values.
 
     The other half of the method, growing and freezing, is chosen by its own keys:
     ``growth=every_experience freeze=past_experts growth.init=copy``. M_old uses the old cohorts only, so the
@@ -18,7 +18,8 @@ class LifelongMoE(DistillingStrategy):
     Args:
         strength: lambda.
         temperature: of the distillation; the paper has 1.
-        l2: weight of the squared distance of learning shared parameters to their old values; 0 for none.
+        l2: weight of the squared distance to their old values of all parameters that existed and still learn:
+            the trunk and what the router shares, under ``freeze=past_experts``; 0 for none.
     """
 
     def __init__(self, strength: float = 1.0, temperature: float = 1.0, l2: float = 0.0) -> None:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as StoredRun
 
 SEEDS = ("seed.init", "seed.order", "seed.data")
+_NOT_VARIANT = {
+    "stream.order",
+    "stream.seed",
+    "stream.data_seed",
+}  # orders and seeds, which pairs are made by
 _PAGE = 1000
 _LAYER = re.compile(r"experts/layer_\d+/(?P<name>[a-z_]+)")
 _LOWER_IS_BETTER = re.compile(
@@ -47,6 +52,15 @@ class Run:
         """Name and scenario: what must be the same before anything is averaged."""
         name, scenario = self.about.get("stream", "-"), self.about.get("scenario")
         return f"{name} ({scenario})" if scenario else name
+
+    @property
+    def variant(self) -> frozenset[tuple[str, str]]:
+        """The stream's settings: another cut or another set of domains is another stream."""
+        return frozenset(
+            (key, value)
+            for key, value in self.about.items()
+            if key.startswith("stream.") and key not in _NOT_VARIANT
+        )
 
     @property
     def seeds(self) -> tuple[str, ...]:
@@ -133,6 +147,23 @@ def read_runs(client: MlflowClient, experiment: str, sweep: str | None = None) -
     return _newest(finished, _left_out(stored))
 
 
+def _titles(runs: Iterable[Run]) -> dict[tuple[str, frozenset[tuple[str, str]]], str]:
+    """A title for every stream: its name, and what tells it from others of that name."""
+    variants: dict[str, list[frozenset[tuple[str, str]]]] = {}
+    for run in runs:
+        if run.variant not in variants.setdefault(run.stream, []):
+            variants[run.stream].append(run.variant)
+    titles = {}
+    for name, several in variants.items():
+        common = frozenset.intersection(*several)
+        for variant in several:
+            own = ", ".join(
+                f"{key.removeprefix('stream.')}={value}" for key, value in sorted(variant - common)
+            )
+            titles[name, variant] = f"{name} {own}" if own else name
+    return titles
+
+
 def by_stream(runs: Iterable[Run], keys: Sequence[str]) -> dict[str, list[Arm]]:
     """``{stream: arms}``, in the order in which streams and arms were first run.
 
@@ -144,10 +175,11 @@ def by_stream(runs: Iterable[Run], keys: Sequence[str]) -> dict[str, list[Arm]]:
         if not any(key in run.about for run in runs):
             known = sorted({name for run in runs for name in run.about if not name.startswith("mlflow.")})
             raise InputError(got=f"the key {key!r}", allowed=", ".join(known) or "none", key="--group-by")
+    titles = _titles(runs)
     streams: dict[str, dict[str, Arm]] = {}
     for run in runs:
-        name = run.label(keys)
-        streams.setdefault(run.stream, {}).setdefault(name, Arm(name)).runs.append(run)
+        name, title = run.label(keys), titles[run.stream, run.variant]
+        streams.setdefault(title, {}).setdefault(name, Arm(name)).runs.append(run)
     return {stream: list(arms.values()) for stream, arms in streams.items()}
 
 
@@ -207,7 +239,7 @@ def _newest(runs: Sequence[Run], notes: list[str]) -> Selection:
     newest: dict[Hashable, Run] = {}
     doubles: Counter[str] = Counter()
     for run in sorted(runs, key=lambda run: run.started):
-        same = (run.stream, run.about.get("arm", run.run_id), run.seeds)
+        same = (run.stream, run.variant, run.about.get("arm", run.run_id), run.seeds)
         doubles[run.about.get("arm", "-")] += same in newest
         newest[same] = run
     names = ", ".join(f"{arm} ({count})" for arm, count in doubles.items() if count)

@@ -133,6 +133,8 @@ def short(value: float) -> str:
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             return f"{value / limit * (10 if letter == 'k' else 1):.3g}{letter}"
+    if float(value).is_integer() and abs(value) >= 10:
+        return f"{value:.0f}"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 

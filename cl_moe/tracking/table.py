@@ -54,7 +54,8 @@ def boundary_line(record: Record, i: int) -> str:
         if "stream/forgetting" in points:
             parts.append(f"forgetting {points['stream/forgetting']:.3f}")
     experts = expert_points(record, i).get("growth/num_experts")
-    return ", ".join([*parts, *([f"{experts:,.0f} experts"] if experts else [])])
+    # What does not fit into a line stands indented in the next.
+    return "\n    ".join(_packed([*parts, *([f"{experts:,.0f} experts"] if experts else [])]))
 
 
 def run_table(record: Record, costs: Mapping[str, float] | None = None) -> Table:
@@ -106,7 +107,8 @@ def _expert_notes(record: Record) -> list[str]:
             )
             if f"{prefix}/{name}" in points
         ]
-        lines.append(f"{prefix.split('/')[1]}: {', '.join(f'{value} {words}' for value, words in known)}")
+        first, *rest = [f"{value} {words}" for value, words in known]
+        lines += _packed([f"{prefix.split('/')[1]}: {first}", *rest])
     return lines
 
 

@@ -91,7 +91,7 @@ def test_higher_is_better(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(9999.0, "9999.0"), (10000.0, "10k"), (-2.5e9, "-2.5G"), (0.0, "0.000")]
+    ("value", "text"), [(9999.0, "9999"), (99.5, "99.5"), (10000.0, "10k"), (-2.5e9, "-2.5G"), (0.0, "0.000")]
 )
 def test_short(value: float, text: str) -> None:
     assert short(value) == text

@@ -90,9 +90,8 @@ def forgetting(R: Tensor) -> Tensor:
 def backward_transfer(R: Tensor) -> Tensor:
     """1/(T-1) sum_{j<T} (R[T, j] - R[j, j]) (Lopez-Paz & Ranzato 2017); NaN at T = 1.
 
-    Negative: later experiences hurt earlier ones. The paper's T - 1, on purpose: GEM's own code divides by T,
-        and
-    Continuum implements the form of Diaz-Rodriguez et al. (2018), which averages over all rows.
+    Negative: later experiences hurt earlier ones. The paper's T - 1, on purpose: GEM's own code divides by
+    T, and Continuum implements the form of Diaz-Rodriguez et al. (2018), which averages over all rows.
     """
     R = _checked(R)
     return _mean((R[-1] - R.diagonal(offset=-1))[:-1])
