@@ -245,6 +245,18 @@ def test_a_given_output_dir_can_be_resumed_from_elsewhere(command_in, tmp_path):
     assert not (elsewhere / "mine").exists()
 
 
+def test_a_run_with_a_config_dir_of_its_own_resumes_alone(command_in, tmp_path):
+    (tmp_path / "mine" / "optimizer").mkdir(parents=True)
+    (tmp_path / "mine" / "optimizer" / "slow.yaml").write_text("_target_: cl_moe.optim.SGD\nlr: 0.01\n")
+    words = ("optimizer=slow", "trainer.epochs=1", "stream.tune_on_first=1", "tracking=none")
+    started = command_in(tmp_path, "--config-dir", "mine", *words, "hydra.run.dir=out")
+    assert started.status == 0, started.text
+    for again in (["resume=out"], ["--config-dir", "mine", "resume=out"]):
+        done = command_in(tmp_path, *again)
+        assert done.status == 0, done.text
+        assert "resumed after experience 1 of 1" in done.text
+
+
 def test_a_job_of_a_multirun_can_be_resumed(command_in, tmp_path):
     words = ("trainer.epochs=1", "stream.tune_on_first=2", "hydra.sweep.dir=sweep", "seed.init=0,1")
     assert command_in(tmp_path, "-m", *words).status == 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 
-from cl_moe.tracking.compare_runs import Arm, Run, choose_baseline, lower_is_better
+from cl_moe.tracking.compare_runs import Arm, Run, by_stream, choose_baseline, lower_is_better
 from cl_moe.tracking.compare_statistics import paired_difference, spread
 from cl_moe.tracking.compare_table import compare_arms, score_table, short
 
@@ -95,3 +95,16 @@ def test_higher_is_better(key: str) -> None:
 )
 def test_short(value: float, text: str) -> None:
     assert short(value) == text
+
+
+def test_another_cut_is_another_stream_and_another_order_is_not():
+    def run(number: int, **settings: str) -> Run:
+        about = {"stream": "split_digits", "scenario": "class", "arm": "naive"}
+        about |= {f"stream.{key}": value for key, value in settings.items()}
+        return Run(str(number), number, about, {})
+
+    same = [run(0, cut="1", order="None"), run(1, cut="1", order="[1, 0]", data_seed="3")]
+    assert list(by_stream(same, ["arm"])) == ["split_digits (class)"]
+    apart = by_stream([*same, run(2, cut="2", order="None")], ["arm"])
+    assert list(apart) == ["split_digits (class) cut=1", "split_digits (class) cut=2"]
+    assert [len(arm.runs) for arms in apart.values() for arm in arms] == [2, 1]
