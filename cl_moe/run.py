@@ -134,6 +134,7 @@ class Run:
         self.cost.load_state_dict(state["cost"])
         self.tracker.load_state_dict(state["tracker"])
         self.tracker.send()
+        self.tracker.tag("failure", "none")  # whatever ended the earlier process does not hold any more
         boundary = self.saved = int(state["boundary"])
         self.progress.say(f"resumed after experience {boundary} of {len(self.stream)}")
         return boundary

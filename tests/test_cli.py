@@ -221,6 +221,7 @@ def test_a_signal_stops_a_run_and_it_can_go_on(
     assert done.status == 0, done.text
     (run,) = runs(tmp_path)
     assert (run.info.status, run.data.tags["status"]) == ("FINISHED", "finished")
+    assert run.data.tags["failure"] == "none"
 
 
 def test_our_own_defects_say_so(command: Callable, monkeypatch: pytest.MonkeyPatch):
