@@ -73,7 +73,7 @@ def rank_axes(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(-0.02, 1.02)
-    axes.set_xlabel("experts, most loaded first (share of all)", fontsize=9)
+    axes.set_xlabel("share of experts, by load", fontsize=9)
     axes.set_ylabel("load (1 = even share)", fontsize=9)
 
 
