@@ -21,16 +21,15 @@ def run_experiment(run: Run) -> float:
             boundary = measure(run)
         for experience in run.training_stream[boundary:]:
             run.progress.open(experience.index)
-            grow_and_freeze(run, experience)
-            fit(run, experience)
+            if len(experience.train) > 0:  # joint training leaves nothing for later experiences
+                grow_and_freeze(run, experience)
+                fit(run, experience)
             measure(run)
         return run.finish()
 
 
 def grow_and_freeze(run: Run, experience: Experience) -> None:
     """Adapt the model to what comes, as schedule and policy decide, and measure the shock of growing."""
-    if len(experience.train) == 0:  # joint training leaves nothing for later experiences
-        return
     events = adapt(
         run.learner.model, run.census(experience), run.growth, run.freeze, experience.classes, run.seed_init
     )
@@ -42,8 +41,6 @@ def grow_and_freeze(run: Run, experience: Experience) -> None:
 
 def fit(run: Run, experience: Experience) -> None:
     """Train on one experience with the Trainer of the whole stream, so that its step axis never restarts."""
-    if len(experience.train) == 0:
-        return
     run.learner.experience = experience
     run.spec.raise_epochs(run.trainer)
     with run.cost.training(experience, run.spec.epochs):

@@ -15,20 +15,6 @@ from cl_moe.errors import InputError, RunFailedError
 from cl_moe.tracking import store
 
 
-@pytest.fixture(scope="session")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store made once; tests copy it, since making one takes seconds."""
-    file = tmp_path_factory.mktemp("ready") / "mlflow.db"
-    store.open_store(f"sqlite:///{file}")
-    return file
-
-
-@pytest.fixture
-def uri(ready: Path, tmp_path: Path) -> str:
-    shutil.copy(ready, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
-
-
 def _start(
     uri: str, barrier: "multiprocessing.synchronize.Barrier", answers: "multiprocessing.Queue[object]"
 ) -> None:
@@ -69,10 +55,12 @@ def test_experiment_is_made_once_with_absolute_artifacts(uri: str, tmp_path: Pat
     assert client.get_experiment(first).artifact_location == str(tmp_path / "mlartifacts")
 
 
-def test_relative_uri_is_fixed_at_once(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_uri_is_fixed_at_once(
+    ready_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert store.absolute_uri(store.DEFAULT_URI) == f"sqlite:///{tmp_path}/mlflow.db"
-    shutil.copy(ready, tmp_path / "mlflow.db")
+    shutil.copy(ready_store, tmp_path / "mlflow.db")
     client = store.open_store("sqlite:///mlflow.db")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

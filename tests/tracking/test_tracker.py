@@ -3,7 +3,6 @@
 import inspect
 import logging
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,19 +15,6 @@ from mlflow.exceptions import MlflowException
 from cl_moe.errors import InputError, RunFailedError
 from cl_moe.tracking import store
 from cl_moe.tracking.tracker import RUN_ID_FILE, MLflowTracker, NoTracker, Tracker, colour
-
-
-@pytest.fixture(scope="session")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("ready") / "mlflow.db"
-    store.open_store(f"sqlite:///{file}")
-    return file
-
-
-@pytest.fixture
-def uri(ready: Path, tmp_path: Path) -> str:
-    shutil.copy(ready, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def _begin(uri: str, folder: Path, **params: object) -> MLflowTracker:
