@@ -5,6 +5,7 @@ STAMP   = $(VENV)/.installed
 PY      = $(VENV)/bin/python
 WORKERS = 2
 EXTRAS  = dev
+SEED    = 0
 PYTEST  = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 # A stamp that is missing, of another folder (a moved checkout), or of a Python that is gone counts for nothing.
@@ -13,7 +14,7 @@ ifneq ($(STAMPED),$(CURDIR))
 FRESH = fresh
 endif
 
-.PHONY: help demo test test-all check format bench clean fresh
+.PHONY: help demo test test-all check format chaos bench clean fresh
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' Makefile | expand -t 12
@@ -41,6 +42,9 @@ step = echo "check: $(1)"; $(2) || { echo "check: $(1) failed" >&2; exit 1; }
 format: $(STAMP) ## put the source into the one format, mend what ruff can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+chaos: $(STAMP) ## kill a run 20 times at random moments, resume it each time, compare; SEED=... chooses them
+	OMP_NUM_THREADS=1 $(PY) tests/chaos.py --seed $(SEED)
 
 bench: $(STAMP) ## speed and memory, as ratios
 	$(PY) benchmarks/train_step.py

@@ -16,15 +16,22 @@ class Order(Sampler[Tensor]):
 
     Lightning calls ``set_epoch`` with an epoch number that goes on over the whole stream, so no epoch's order
     depends on what was drawn before it, and a resumed run meets the same one.
+
+    Attributes:
+        skip: batches that the next pass, and only that one, leaves out: they were trained before a restart.
     """
 
     def __init__(self, num_rows: int, batch_size: int, shuffle: tuple[int, int] | None = None) -> None:
         self.num_rows, self.batch_size, self.shuffle = num_rows, batch_size, shuffle
-        self.epoch = 0
+        self.epoch, self.skip = 0, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass."""
         self.epoch = epoch
+
+    def begin_at(self, epoch: int, skip: int) -> None:
+        """Let the next pass be the rest of an epoch: after its first ``skip`` batches."""
+        self.epoch, self.skip = epoch, skip
 
     def __len__(self) -> int:
         return -(-self.num_rows // self.batch_size)
@@ -36,7 +43,8 @@ class Order(Sampler[Tensor]):
             seed, experience = self.shuffle
             draw = generator(seed, experience, "order", self.epoch)
             rows = torch.randperm(self.num_rows, generator=draw)
-        return iter(rows.split(self.batch_size))
+        skip, self.skip = self.skip, 0
+        return iter(rows.split(self.batch_size)[skip:])
 
 
 def training_loader(data: TensorDataset, batch_size: int, seed: int, experience: int) -> DataLoader:

@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
+import shutil
 import sys
-import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from cl_moe import failures
+from cl_moe.arguments import rewritten
 from cl_moe.errors import InputError, RunFailedError, StopRequestedError
-from cl_moe.schema import COMMAND
+from cl_moe.stopping import listening
 
 INPUT_WRONG, FAILED, INTERRUPTED, STOPPED = 2, 1, 130, 75
 
@@ -47,6 +49,7 @@ def _task(config: DictConfig) -> float:
         return launch.run(config)
     except Exception as error:
         if hydra_config.mode != RunMode.MULTIRUN:
+            _leave_nothing_but_results(hydra_config)
             raise _JobFailed(error) from error
         # The other jobs of a sweep go on, and Hydra raises the first failure at the very end: say it now.
         job = hydra_config.job
@@ -60,16 +63,19 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run ``cl-moe`` and exit: 0 done, 2 wrong input, 1 failed, 75 stopped by SIGTERM, 130 by Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     before = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
+    raising, logging.raiseExceptions = logging.raiseExceptions, False  # a log on a full disk
     # With this variable Hydra hands its errors to us, instead of printing them and exiting with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        with warnings.catch_warnings(), _stopping_on_sigterm():
+        with warnings.catch_warnings(), listening():
             warnings.filterwarnings("ignore", category=UserWarning, module="hydra")
             status = _run(arguments, show_traceback=before[0] == "1")
     finally:
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.FileHandler):
-                handler.close()
+                with suppress(OSError):  # the last lines of a log on a full disk
+                    handler.close()
+        logging.raiseExceptions = raising
         sys.argv = before[1]
         os.environ.pop("HYDRA_FULL_ERROR")
         if before[0] is not None:
@@ -81,7 +87,7 @@ def _run(arguments: list[str], show_traceback: bool) -> int:
     error: BaseException
     try:
         _guard_shadowing()
-        sys.argv = [sys.argv[0], *resume_arguments(arguments)]
+        sys.argv = [sys.argv[0], *rewritten(arguments)]
         _task()
         return 0
     except _JobFailed as failed:
@@ -99,24 +105,6 @@ def _run(arguments: list[str], show_traceback: bool) -> int:
     return status
 
 
-@contextmanager
-def _stopping_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM, a scheduler's polite request, into an exception that closes the run in order."""
-
-    def stop(*_: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the closing is not to be interrupted
-        raise StopRequestedError
-
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def explain(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
     """Exit status and message of an error; configuration errors are the user's, the rest is a failed run."""
     if isinstance(error, KeyboardInterrupt):
@@ -125,85 +113,22 @@ def explain(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
             "stopped by the keyboard; finished experiences are kept, resume=<run folder> goes on",
         )
     if isinstance(error, StopRequestedError):
-        return STOPPED, str(error) or "stopped on request, before anything was trained"
+        status = INTERRUPTED if error.keyboard else STOPPED
+        return status, str(error) or "stopped on request, before anything was trained"
     cause = error
-    while not isinstance(cause, InputError) and cause.__cause__ is not None:
+    while not isinstance(cause, InputError | RunFailedError) and cause.__cause__ is not None:
         cause = cause.__cause__
-    if isinstance(cause, InputError):
-        return INPUT_WRONG, str(cause)
-    if isinstance(error, RunFailedError):
-        return FAILED, str(error)
+    failure = cause if isinstance(cause, InputError | RunFailedError) else None
+    if failure is None and not isinstance(error, MissingConfigException):  # Hydra's, though an OSError
+        failure = failures.named(error)
+    if failure is not None:
+        return (INPUT_WRONG if isinstance(failure, InputError) else FAILED), str(failure)
     if {type(error).__module__.split(".")[0], _origin(error)} & {"hydra", "omegaconf", "antlr4", "yaml"}:
         return INPUT_WRONG, _configuration_message(error, arguments)
     return FAILED, (
         f"{type(error).__name__}: {error}\nThis is a defect of cl-moe, or of the machine: "
         "HYDRA_FULL_ERROR=1 shows where it happened."
     )
-
-
-def resume_arguments(arguments: list[str]) -> list[str]:
-    """With ``resume=...`` among the arguments: those of the run to go on with, in its own folder.
-
-    Raises:
-        InputError: no such run, or an argument that differs from the stored ones.
-    """
-    chosen = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
-    if not chosen or chosen[-1] in ("", "null"):
-        return arguments
-    uris = [a.removeprefix("tracking.uri=") for a in arguments if a.startswith("tracking.uri=")]
-    folder = _run_folder(chosen[-1], *uris[-1:])
-    command = OmegaConf.load(folder / COMMAND)
-    known = [str(o) for o in command.overrides if not str(o).startswith("resume=")]
-    flags = _flags(arguments)
-    if {"-m", "--multirun"} & {*flags}:
-        raise InputError(
-            got="resume in a multirun", allowed="one run at a time, by its own folder or run id", key="resume"
-        )
-    if command.config_dir and not any(flag.startswith(("--config-dir", "-cd")) for flag in flags):
-        flags.append(f"--config-dir={str(command.config_dir).removeprefix('file://')}")
-    for argument in arguments:
-        if argument not in flags and not argument.startswith("resume=") and argument not in known:
-            raise InputError(
-                got=f"{argument} beside resume",
-                allowed="nothing else, or the run's own arguments: " + (" ".join(known) or "(none)"),
-                key=argument.split("=")[0].lstrip("+~"),
-            )
-    known = [o for o in known if not o.startswith("output_dir=")]  # it may be relative to another folder
-    names = ("resume", "hydra.run.dir", "output_dir")
-    return [*flags, *known, *(f"{name}={_quoted(folder)}" for name in names), "hydra.output_subdir=null"]
-
-
-def _flags(arguments: list[str]) -> list[str]:
-    """Hydra's own flags among the arguments, each with the value that follows it."""
-    with_value = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
-    return [
-        word
-        for before, word in zip(["", *arguments], arguments, strict=False)
-        if word.startswith("-") or before in with_value
-    ]
-
-
-def _run_folder(name: str, *uri: str) -> Path:
-    folder = Path(name.strip("'\""))
-    wrong = InputError(
-        got=f"resume={name}",
-        allowed="the output folder of a run of cl-moe, or a run id of the MLflow store tracking.uri",
-        key="resume",
-    )
-    if not folder.is_dir():
-        from cl_moe.tracking.store import find_run
-
-        try:
-            folder = Path(find_run(name, *uri).get("output_dir", ""))
-        except InputError:
-            raise wrong from None
-    if not (folder / COMMAND).is_file():
-        raise wrong
-    return folder.resolve()
-
-
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _configuration_message(error: BaseException, arguments: Sequence[str]) -> str:
@@ -247,6 +172,20 @@ def _argument(key: str, arguments: Sequence[str]) -> str:
 
 def _options(group: str) -> list[str]:
     return sorted(path.stem for path in (Path(__file__).resolve().parents[1] / "conf" / group).glob("*.yaml"))
+
+
+def _leave_nothing_but_results(hydra_config: HydraConf) -> None:
+    """Remove the folder that Hydra made for a run that was refused before it wrote anything into it."""
+    if any(str(word).startswith("hydra.run.dir=") for word in hydra_config.overrides.hydra):
+        return
+    here, folder = Path.cwd(), Path(hydra_config.runtime.output_dir)
+    record = folder / str(hydra_config.output_subdir)
+    if not record.is_dir() or [*folder.iterdir()] != [record]:
+        return
+    shutil.rmtree(record)
+    while here in folder.parents and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
 
 
 def _guard_shadowing() -> None:

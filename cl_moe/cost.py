@@ -15,15 +15,22 @@ class CostMeter:
     """Adds up over experiences and over restarts; evaluation is not charged as training."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
         self.tokens = 0
+        self._before = 0.0  # seconds of the fits that ended
+        self._start: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, the fit that is running included."""
+        running = 0.0 if self._start is None else time.perf_counter() - self._start
+        return self._before + running
 
     @contextmanager
     def training(self, experience: Experience, epochs: int) -> Iterator[None]:
         """Time one fit. Tokens are real target positions; in classification an example counts as one."""
-        start = time.perf_counter()
+        self._start = time.perf_counter()
         yield
-        self.seconds += time.perf_counter() - start
+        self._before, self._start = self.seconds, None
         self.tokens += epochs * int((experience.train.tensors[1] != IGNORE).sum())
 
     def points(self, learner: Learner) -> dict[str, float]:
@@ -45,4 +52,4 @@ class CostMeter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from sums of an earlier process."""
-        self.seconds, self.tokens = state["seconds"], state["tokens"]
+        self._before, self.tokens = state["seconds"], state["tokens"]

@@ -28,7 +28,16 @@ def _rebuild_input_error(got: str, allowed: str, key: str) -> InputError:
 
 
 class StopRequestedError(BaseException):
-    """The process was asked to stop (SIGTERM, status 75). Like Ctrl-C, it passes whatever catches errors."""
+    """The process was asked to stop. Like KeyboardInterrupt, it passes whatever catches errors.
+
+    Args:
+        message: empty before a run says what it kept.
+        keyboard: by Ctrl-C (status 130), not by SIGTERM (status 75).
+    """
+
+    def __init__(self, message: str = "", keyboard: bool = False) -> None:
+        super().__init__(message)
+        self.keyboard = keyboard
 
 
 class RunFailedError(RuntimeError):

@@ -12,17 +12,18 @@ def run_experiment(run: Run) -> float:
     """Train a learner on a stream, one experience after the other; measure after each; return the objective.
 
     Row i of the accuracy matrix is measured after i experiences, row 0 before any training. A boundary is
-    recorded, saved, and only then sent to the tracker: killed at any moment, a run goes on from its newest
-    boundary, ends with the same bits, and no point is missing or stands twice.
+    recorded, saved, and only then sent to the tracker, and so are moments inside an experience: killed at any
+    time, a run goes on from what was saved last, ends with the same bits, and no point is missing or doubled.
     """
     with run.open():
-        boundary = run.resume()
-        if boundary is None:
-            boundary = measure(run)
-        for experience in run.training_stream[boundary:]:
-            run.progress.open(experience.index)
-            if len(experience.train) > 0:  # joint training leaves nothing for later experiences
-                grow_and_freeze(run, experience)
+        run.resume()
+        if run.boundary < 0:
+            measure(run)
+        for experience in run.training_stream[run.boundary :]:
+            run.progress.open(experience.index, run.learner.batches if run.inside else 0)
+            if len(experience.train) > 0 and not run.trained:  # joint training leaves nothing for later ones
+                if not run.inside:
+                    grow_and_freeze(run, experience)
                 fit(run, experience)
             measure(run)
         return run.finish()
@@ -41,12 +42,10 @@ def grow_and_freeze(run: Run, experience: Experience) -> None:
 
 def fit(run: Run, experience: Experience) -> None:
     """Train on one experience with the Trainer of the whole stream, so that its step axis never restarts."""
-    run.learner.experience = experience
-    run.spec.raise_epochs(run.trainer)
-    with run.cost.training(experience, run.spec.epochs):
-        run.trainer.fit(run.learner, train_dataloaders=run.loader(experience))
+    with run.fitting(experience) as batches:
+        run.trainer.fit(run.learner, train_dataloaders=batches)
 
 
-def measure(run: Run) -> int:
-    """Measure a row of the accuracy matrix on every experience's test data; returns its number."""
-    return run.close_boundary(evaluate(run.trainer, run.learner, run.stream[:], run.spec.eval_batch_size))
+def measure(run: Run) -> None:
+    """Measure a row of the accuracy matrix on every experience's test data."""
+    run.close_boundary(evaluate(run.trainer, run.learner, run.stream[:], run.spec.eval_batch_size))

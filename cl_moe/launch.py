@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,38 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import cl_moe
-from cl_moe.checkpoint import write_atomically
-from cl_moe.errors import InputError
+from cl_moe import branching, failures, stored
+from cl_moe.checkpoint import Branch
 from cl_moe.experiment import run_experiment
 from cl_moe.learner import Learner
 from cl_moe.run import Run
-from cl_moe.schema import COMMAND, GROUPS, check_config
+from cl_moe.schema import GROUPS, check_config, leaves, plain
 from cl_moe.seeds import seeded
+from cl_moe.targets import check_targets
 
 # What never makes another arm: where and when it ran, which seeds, and the groups that are named anyway.
 NOT_ARM = tuple(f"{group}=" for group in ("stream", "layer", "router", "growth", "freeze", "strategy"))
-NOT_ARM += ("seed.", "tracking", "output_dir=", "resume=", "objective=", "keep_checkpoints=", "hydra")
-NOT_ARM += ("arm=", "experiment=", "mlflow_experiment=", "stream.order=")
+NOT_ARM += ("seed.", "tracking", "output_dir=", "resume=", "objective=", "checkpoint.", "hydra")
+NOT_ARM += ("arm=", "experiment=", "mlflow_experiment=", "stream.order=", "auto_resume=", "branch=")
 
 
 def run(config: DictConfig) -> float:
     """One experiment from a composed configuration; returns the objective."""
-    return run_experiment(build(config))
+    try:
+        check_targets(config)
+        check_config(config)
+        stored.check_auto_resume(config)
+        folder = Path(config.output_dir).absolute()
+        stored.compare_config(config, folder)
+        if (value := stored.finished(config, folder)) is not None:
+            return value
+        value = run_experiment(build(config))
+        stored.note_finished(config, folder, value)
+        return value
+    except Exception as error:  # while the run is built: a run that is open names its failures itself
+        if failure := failures.named(error, dict(leaves(plain(config, resolve=False)))):
+            raise failure from error
+        raise
 
 
 def build(config: DictConfig) -> Run:
@@ -38,9 +53,11 @@ def build(config: DictConfig) -> Run:
     Raises:
         InputError: a key, a value, or a combination of them cannot be.
     """
+    check_targets(config)
     check_config(config)
     folder = Path(config.output_dir).absolute()
-    store_config(config, folder)
+    stored.compare_config(config, folder)
+    branch = branching.parent_of(config, folder)
     stream = instantiate(config.stream)
     with seeded(config.seed.init, "init"):
         model = instantiate(config.model)(input_shape=stream.input_shape, num_classes=stream.num_classes)
@@ -54,8 +71,8 @@ def build(config: DictConfig) -> Run:
         log_every=spec.log_every * spec.accumulate,
     )
     labels = tags(config, stream.scenario, folder)
-    arm = config.arm or arm_name(labels, list(HydraConfig.get().overrides.task))
-    return Run(
+    arm = arm_of(config, labels, branch)
+    run = Run(
         stream,
         learner,
         growth=instantiate(config.growth),
@@ -66,42 +83,14 @@ def build(config: DictConfig) -> Run:
         seed_init=config.seed.init,
         seed_data=config.seed.data,
         objective=config.objective,
-        keep_checkpoints=config.keep_checkpoints,
+        checkpoints=instantiate(config.checkpoint),
+        branch=branch,
         name=f"{arm} {labels['seed.init']}.{labels['seed.order']}.{labels['seed.data']}",
         params={**flatten(config), "arm": arm},
-        tags=labels,
+        tags=labels | (branching.tags(branch, config) if branch else {}),
     )
-
-
-def store_config(config: DictConfig, folder: Path) -> None:
-    """Write the resolved configuration into the run's folder; a resumed run must bring the same."""
-    path = folder / "config.yaml"
-    resolved = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(resolved, dict)
-    resolved |= {"resume": None, "output_dir": str(folder)}
-    if path.exists():
-        stored = OmegaConf.to_container(OmegaConf.load(path))
-        assert isinstance(stored, dict)
-        old, new = dict(_leaves(stored)), dict(_leaves(resolved))
-        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        changed = [key for key in changed if key != "output_dir"]
-        if changed:
-            key = changed[0]
-            raise InputError(
-                got=f"{key}={new.get(key)!r} in a run that began with {old.get(key)!r}",
-                allowed="the configuration of the run that is resumed, or a new folder",
-                key=key,
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = HydraConfig.get().runtime.config_sources
-    command = {
-        "overrides": list(HydraConfig.get().overrides.task),
-        "config_dir": next((source.path for source in sources if source.provider == "command-line"), None),
-    }
-    # Not Hydra's own record, which stands elsewhere if output_dir was given, and may be half written.
-    write_atomically(folder / COMMAND, OmegaConf.to_yaml(OmegaConf.create(command)).encode())
-    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(resolved)).encode())
+    stored.store_config(config, folder)  # last: what was refused leaves nothing behind
+    return run
 
 
 def tags(config: DictConfig, scenario: str, folder: Path) -> dict[str, str]:
@@ -127,6 +116,18 @@ def tags(config: DictConfig, scenario: str, folder: Path) -> dict[str, str]:
     }
 
 
+def arm_of(config: DictConfig, labels: Mapping[str, str], branch: Branch | None) -> str:
+    """The arm's name: the one given, or one made of the configuration; a branch ends with its boundaries."""
+    overrides = list(HydraConfig.get().overrides.task)
+    made = arm_name(labels, overrides)
+    if branch is None:
+        return config.arm or made
+    # A name from a file is the parent's too, so what tells the children apart stands beside it.
+    given = any(word.startswith("arm=") for word in overrides)
+    words = [config.arm] if given else [config.arm, made] if config.arm else [made]
+    return " ".join([*words, branching.history(branch)])
+
+
 def arm_name(labels: Mapping[str, str], overrides: list[str]) -> str:
     """A short readable name, the same over seeds and orders, another for another configuration.
 
@@ -143,11 +144,7 @@ def arm_name(labels: Mapping[str, str], overrides: list[str]) -> str:
 
 def flatten(config: DictConfig) -> dict[str, object]:
     """Resolved leaves under dotted keys; a node that stands in several places is listed where it belongs."""
-    raw = OmegaConf.to_container(config, resolve=False)
-    resolved = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(raw, dict)
-    assert isinstance(resolved, dict)
-    return dict(_leaves(_own(raw, resolved)))
+    return dict(leaves(_own(plain(config, resolve=False), plain(config))))
 
 
 def checkout() -> tuple[str, str]:
@@ -185,12 +182,3 @@ def _own(raw: Any, resolved: Any) -> Any:
         if not (isinstance(value, str) and isinstance(resolved[key], dict)):
             kept[key] = _own(value, resolved[key])
     return kept
-
-
-def _leaves(tree: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in tree.items():
-        name = f"{place}.{key}" if place else str(key)
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, name)
-        else:
-            yield name, value

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import lightning as L  # noqa: N812
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -17,17 +16,19 @@ from torch import Tensor
 from cl_moe.errors import InputError, RunFailedError
 from cl_moe.growth.adapt import Event, replay
 from cl_moe.layers.routing import fold_load
+from cl_moe.lean import LeanModule
 from cl_moe.metrics import ExperienceScores, ExpertLoads
 from cl_moe.models.base import ContinualModel
 from cl_moe.optim import OptimizerSpec, OptimizerState, load_state_by_name, state_by_name
-from cl_moe.seeds import derive_seed
+from cl_moe.seeds import derive_seed, generator_states, set_generator_states
 from cl_moe.strategies.base import Outlook, Step, Strategy
 from cl_moe.stream import IGNORE, Experience, Stream
 
+_REMEDY = "change: optimizer.lr (smaller), trainer.gradient_clip, or trainer.precision=32-true"
 Note = Callable[[Mapping[str, float], int], None]
 
 
-class Learner(L.LightningModule):
+class Learner(LeanModule):
     """A model, what it learns by, and what resists its forgetting.
 
     Args:
@@ -65,22 +66,15 @@ class Learner(L.LightningModule):
         self.column_of_class = torch.full((stream.num_classes,), -1)
         self.scores: ExperienceScores | None = None
         self.loads: ExpertLoads | None = None
-        self._batches = 0
+        self.batches = 0  # of this experience that were trained
+        self._restart: dict[str, Any] | None = None  # what a restart inside an experience goes on with
         self._in_order = False  # whether a class is its own column, which spares a look-up in every step
-        self.tick: Callable[[], None] = lambda: None
+        self.tick, self.between_steps, self.between_tests = _nothing, _nothing, _nothing
         # Only hooks that do something are called in every step.
         acting = list(self.strategies.values())
         self._batch_hooks = [s for s in acting if type(s).batch is not Strategy.batch]
         self._loss_hooks = [s for s in acting if type(s).loss is not Strategy.loss]
         self._gradient_hooks = [s for s in acting if type(s).gradients is not Strategy.gradients]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning notes the name of the running hook some 46 times in a step, and a module's own way of
-        # setting attributes, which looks for tensors, makes that a twentieth of a small network's step.
-        if name == "_current_fx_name":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
 
     # ---- training
 
@@ -92,18 +86,26 @@ class Learner(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A fresh optimizer: newborns in, frozen ones out, survivors' state carried where asked for."""
         optimizer = self.optimizer_spec.build(self.named_parameters())
-        if self.optimizer_spec.state == "carry":
+        if self.optimizer_spec.state == "carry" or self._restart:
             load_state_by_name(optimizer, self.named_parameters(), self.optimizer_state)
         return optimizer
 
     def on_train_start(self) -> None:
-        """Seed what draws from torch's global generators (dropout, jitter); open the strategies."""
+        """Seed what draws from torch's global generators (dropout, jitter); open the strategies.
+
+        After a restart inside the experience, strategies and generators are then put to where they were.
+        """
         assert self.experience is not None
         torch.manual_seed(derive_seed(self.seed, self.experience.index, "train"))
         self.place_classes()
-        self._batches = 0
+        self.batches = 0
         for strategy in self.strategies.values():
             strategy.begin(self.outlook())
+        if self._restart is not None:
+            self._load_strategies(self._restart["strategies"])
+            self.batches = self._restart["batches"]
+            set_generator_states(self._restart["generators"])
+            self._restart = None
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Task loss, the routers' auxiliary losses and the strategies' terms, added up."""
@@ -121,27 +123,24 @@ class Learner(L.LightningModule):
                 _add_terms(terms, strategy.loss(step))
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else terms["task_loss"]
         self._watch(loss, terms)
-        self.tick()
         return loss
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Experiences lie in CPU memory: on the CPU there is nothing to look through and to move."""
-        if device.type == "cpu":
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the batch; between two optimizer steps, let the run be saved."""
+        self.batches += 1
+        self.tick()
+        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if stepped and not self.trainer.is_last_batch:
+            self.between_steps()
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by norm; Lightning refuses a fused optimizer in bf16-mixed, though nothing is scaled there."""
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val:
-            held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            torch.nn.utils.clip_grad_norm_(held, gradient_clip_val)
+    def on_train_epoch_end(self) -> None:
+        """The same after an epoch's last batch: only here do Lightning's counters restart well from there.
+
+        After a fit's last epoch they do not, and need not: what follows is the end of the fit.
+        """
+        assert self.trainer.max_epochs is not None
+        if self.trainer.current_epoch + 1 < self.trainer.max_epochs:
+            self.between_steps()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let strategies work on the gradients."""
@@ -150,14 +149,12 @@ class Learner(L.LightningModule):
 
     def on_train_end(self) -> None:
         """Refuse broken weights, close the strategies, keep the optimizer's state by name."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not parameter.isfinite().all():
-                raise RunFailedError(f"weights not finite after step {self.global_step}: {name}")
+        broken = [name for name, value in self.model.state_dict().items() if not value.isfinite().all()]
+        if broken:
+            raise RunFailedError(f"weights not finite after step {self.global_step}: {broken[0]}\n{_REMEDY}")
         for strategy in self.strategies.values():
             strategy.end(self.outlook())
-        if self.optimizer_spec.state == "carry":
-            optimizer = self.trainer.optimizers[0]
-            self.optimizer_state = state_by_name(optimizer, self.named_parameters())
+        self.optimizer_state = self._live_optimizer_state() if self.optimizer_spec.state == "carry" else {}
 
     def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, nats per example or per token; padding left out."""
@@ -184,14 +181,13 @@ class Learner(L.LightningModule):
             self.group_of_class = self.group_of_class.to(self.device)
 
     def _watch(self, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
-        due = self._batches % self.log_every == 0
-        self._batches += 1
+        due = self.batches % self.log_every == 0
         # Reading a number costs an accelerator its queue, so it is read every step on the CPU only.
         if not due and loss.is_cuda:
             return
         if not math.isfinite(loss.item()):
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
-            raise RunFailedError(f"loss not finite at step {self.global_step}: {values}")
+            raise RunFailedError(f"loss not finite at step {self.global_step}: {values}\n{_REMEDY}")
         if due:
             points = (
                 {f"train/{name}": value.item() for name, value in terms.items()} if len(terms) > 1 else {}
@@ -209,11 +205,15 @@ class Learner(L.LightningModule):
         inputs, targets = batch
         mask = padding_mask(targets) if self.kind == "language" else None
         logits, routings = self.model(inputs, mask=mask)
+        if not logits.isfinite().all():  # an argmax over them would be a score like any other
+            place = f"after step {self.global_step}, on test set {dataloader_idx}"
+            raise RunFailedError(f"output not finite in an evaluation {place}\n{_REMEDY}")
         total, count = self.score(logits, targets)
         assert self.scores is not None
         assert self.loads is not None
         self.scores.update(dataloader_idx, total, count)
         self.loads.update(dataloader_idx, {block: fold_load(r) for block, r in routings.items()})
+        self.between_tests()
 
     def score(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Sum and number of scores: right answers, or minus the loss of each real token in nats.
@@ -232,13 +232,20 @@ class Learner(L.LightningModule):
 
     # ---- state
 
-    def whole_state(self) -> dict[str, Any]:
-        """Everything a restart needs, ledger first; tensors and plain Python only."""
+    def whole_state(self, inside: bool = False) -> dict[str, Any]:
+        """Everything a restart needs, ledger first; tensors and plain Python only.
+
+        Args:
+            inside: between two steps of an experience; else at a boundary.
+        """
+        restart = {"batches": self.batches, "generators": generator_states()} if inside else None
         return {
             "ledger": self.ledger,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer_state,
+            "optimizer": self._live_optimizer_state() if inside else self.optimizer_state,
+            "optimizer_class": type(self.optimizer_spec).__name__,
             "strategies": {name: strategy.state_dict() for name, strategy in self.strategies.items()},
+            "restart": restart,
         }
 
     def load_whole_state(self, state: Mapping[str, Any]) -> None:
@@ -246,9 +253,22 @@ class Learner(L.LightningModule):
         self.ledger = list(state["ledger"])
         replay(self.model, self.ledger)
         self.model.load_state_dict(state["model"])
-        self.optimizer_state = dict(state["optimizer"])
+        same = state["optimizer_class"] == type(self.optimizer_spec).__name__  # a branch may choose another
+        self.optimizer_state = dict(state["optimizer"]) if same else {}
+        self._load_strategies(state["strategies"])
+        self._restart = state["restart"] and {**state["restart"], "strategies": state["strategies"]}
+
+    def _load_strategies(self, states: Mapping[str, Any]) -> None:
         for name, strategy in self.strategies.items():
-            strategy.load_state_dict(state["strategies"][name])
+            if name in states:
+                strategy.load_state_dict(states[name])
+
+    def _live_optimizer_state(self) -> OptimizerState:
+        return state_by_name(self.trainer.optimizers[0], self.named_parameters())
+
+
+def _nothing() -> None:
+    """What nobody asked for."""
 
 
 def padding_mask(targets: Tensor) -> Tensor | None:

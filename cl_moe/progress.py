@@ -46,9 +46,9 @@ class StreamProgress:
         self.bar.update(self.task, completed=self.done)
         self.bar.stop()
 
-    def open(self, index: int) -> None:
-        """Experience ``index`` begins."""
-        self.done = sum(self.steps[:index])
+    def open(self, index: int, batches: int = 0) -> None:
+        """Experience ``index`` begins, or goes on after some of its batches."""
+        self.done = sum(self.steps[:index]) + batches
         title = f"experience {index + 1}/{len(self.names)} {self.names[index]}"
         self.bar.update(self.task, completed=self.done, description=title, refresh=True)
 

@@ -1,4 +1,4 @@
-"""The state of one run, and what happens at its boundaries: record, save, send, finish."""
+"""The state of one run: where it stands in its stream, what it has measured, and what is saved of it."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import lightning as L  # noqa: N812
 import torch
-from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 
-from cl_moe import checkpoint
+from cl_moe import checkpoint, ending, failures, memory, preflight, stopping
 from cl_moe.batches import training_loader
+from cl_moe.checkpoint import Branch, Checkpoints, Moment
 from cl_moe.cost import CostMeter
 from cl_moe.errors import InputError, RunFailedError, StopRequestedError
 from cl_moe.evaluation import Evaluation
 from cl_moe.growth import Census, FreezePolicy, GrowthSchedule
 from cl_moe.growth.adapt import add_classes, births, check_growth, take_census
-from cl_moe.layers.routing import ExpertLoad
 from cl_moe.learner import Learner
 from cl_moe.progress import StreamProgress
-from cl_moe.strategies import Strategy
 from cl_moe.stream import Experience, Stream
 from cl_moe.tracking import artifacts, figures, names, table
 from cl_moe.tracking.record import Record
 from cl_moe.tracking.tracker import Tracker
 from cl_moe.trainer import TrainerSpec
+from cl_moe.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class Run:
         seed_init: newborns are drawn from it.
         seed_data: orders of batches are drawn from it.
         objective: metric key whose last value the experiment returns.
-        keep_checkpoints: newest boundaries kept.
+        checkpoints: when to save inside an experience, and what is kept.
+        branch: the parent's boundary that this run starts from, instead of from nothing.
         name: shown in MLflow.
         params: flattened configuration, and the arm.
         tags: what the run is found by.
@@ -65,79 +66,78 @@ class Run:
     seed_init: int = 0
     seed_data: int = 0
     objective: str = "stream/average_accuracy"
-    keep_checkpoints: int = 2
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    branch: Branch | None = None
     name: str = "run"
     params: Mapping[str, object] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        checkpoint.check_keep(self.keep_checkpoints)
         self.growth.check(len(self.stream))
         check_growth(self.learner.model, self.growth)
-        self.training_stream = training_view(self.stream, self.learner.strategies)
+        preflight.check_objective(self.objective, self.stream, self.learner)
+        self.training_stream = preflight.training_view(self.stream, self.learner.strategies)
+        preflight.check_learning(self.stream, self.training_stream, self.growth, self.freeze)
+        self.fingerprint = preflight.fingerprint(self.stream, self.learner)
         experiences = self.training_stream
         self.progress = StreamProgress([e.name for e in experiences], self.spec.num_steps(experiences))
         self.trainer: L.Trainer = self.spec.build()
         self.cost = CostMeter()
-        self.saved: int | None = None  # number of the newest boundary on the disk
         self.measured = Record(self.stream.kind, [experience.name for experience in self.stream])
-        self._check_objective()
-        self._check_learning()
-        self.learner.note, self.learner.tick = self.tracker.add, self.progress.tick
+        self.saved: Moment | None = None  # newest on the disk
+        self.inside = False  # the model was adapted to the experience after the last row, and may be training
+        self.trained = False  # it was trained on it, and its row is not measured yet
+        self.watchdog = Watchdog(self.spec.stall_minutes)
+        self.learner.note, self.learner.tick = self.tracker.add, self._tick
+        self.learner.between_steps, self.learner.between_tests = self._between_steps, self._between_tests
+
+    @property
+    def boundary(self) -> int:
+        """Experiences trained and measured so far; -1 before the row of the untrained model."""
+        return len(self.measured.rows) - 1
 
     @cached_property
-    def checkpoints(self) -> Path:
-        """Folder of the boundaries' checkpoints."""
+    def saved_in(self) -> Path:
+        """Folder of the checkpoints."""
         return self.folder / "checkpoints"
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Hold the folder, open the tracker and the progress bar; close them as the run ends."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(self.folder / ".lock").acquire(blocking=False)
-        except Timeout:
-            raise InputError(
-                got=f"{self.folder}, which another process is writing to",
-                allowed="one live writer per run folder",
-                key="resume (or output_dir)",
-            ) from None
-        with lock, self.progress:
+        with ending.one_writer(self.folder), self.progress, stopping.deferring(), self.watchdog:
             self.tracker.start(self.folder, self.name, self.params, self.tags)
             try:
                 yield
-            except OSError as error:  # the disk is full, say; what was saved before is whole
-                failure = RunFailedError(f"{type(error).__name__}: {error}")
-                self._fail(failure)
-                raise failure from error
             except BaseException as error:
-                self._fail(error)
+                failure = self._named(error)
+                self._fail(failure or error)
+                if failure is not None:
+                    raise failure from error
                 if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
                     raise error.__context__ from None  # Lightning exits by itself when the user stops a fit
                 raise
             self.tracker.finish("finished")
 
-    def resume(self) -> int | None:
-        """Load the newest good boundary, if there is one, and return its number; None to start over.
+    def resume(self) -> None:
+        """Go to where an earlier process, or the parent of a branch, stopped; else stay at the start.
 
         A fresh learner gets the head rows that the scenario gives away at the start.
         """
-        state = checkpoint.newest(self.checkpoints)
-        if state is None:
+        state = checkpoint.newest(self.saved_in, self._refuse)
+        if state is not None:
+            self._load(state)
+            self.tracker.load_state_dict(state["tracker"])
+            self.tracker.send()
+            self.tracker.tag("failure", "none")  # whatever ended the earlier process does not hold any more
+            self.saved = Moment(state["boundary"], state["batches"])
+            self._say_where("resumed")
+            return
+        self.tracker.load_state_dict(None)
+        if self.branch is not None:
+            self._start_from(self.branch)
+        else:
             learner = self.learner
             learner.ledger += add_classes(learner.model, self.stream.classes_at_start, self.seed_init)
-            return None
-        self.learner.load_whole_state(state["learner"])
-        self.trainer.fit_loop.load_state_dict(state["loop"])
-        self.trainer.fit_loop.max_epochs = state["max_epochs"]
-        self.measured = Record.from_state_dict(state["record"])
-        self.cost.load_state_dict(state["cost"])
-        self.tracker.load_state_dict(state["tracker"])
-        self.tracker.send()
-        self.tracker.tag("failure", "none")  # whatever ended the earlier process does not hold any more
-        boundary = self.saved = int(state["boundary"])
-        self.progress.say(f"resumed after experience {boundary} of {len(self.stream)}")
-        return boundary
 
     def census(self, experience: Experience) -> Census:
         """What schedule and policy may see: shapes, ages, loads and scores of the past."""
@@ -149,12 +149,22 @@ class Run:
         scores = [self.measured.rows[i][:i].mean().item() for i in range(1, index + 1)]
         return take_census(self.learner.model, index, self.learner.ledger, loads, scores)
 
-    def loader(self, experience: Experience) -> DataLoader:
-        """Training batches of an experience, in an order of its own."""
+    @contextmanager
+    def fitting(self, experience: Experience) -> Iterator[DataLoader]:
+        """Training batches of an experience, in an order of its own, from where the run stands in it."""
+        if not self.inside:
+            self.spec.raise_epochs(self.trainer)
         loader = training_loader(experience.train, self.spec.batch_size, self.seed_data, experience.index)
-        # After a restart Lightning draws the first pass before it sets the epoch, in a longer run after it.
-        loader.sampler.set_epoch(self.trainer.current_epoch)  # type: ignore[attr-defined]
-        return loader
+        assert self.trainer.fit_loop.max_epochs is not None
+        epoch, skip = divmod(self.learner.batches if self.inside else 0, len(loader))
+        # Said here, since Lightning draws the first pass after a restart before it sets the epoch.
+        loader.sampler.begin_at(  # type: ignore[attr-defined]
+            self.trainer.fit_loop.max_epochs - self.spec.epochs + epoch, skip
+        )
+        self.inside, self.learner.experience = True, experience
+        with self.cost.training(experience, self.spec.epochs):
+            yield loader
+        self.inside, self.trained = False, True
 
     def record_shock(self, after: Evaluation) -> None:
         """Note how the mean score on the experiences seen jumped when the model grew."""
@@ -164,7 +174,7 @@ class Run:
         self.measured.shocks[seen] = shock
         self.tracker.add({"growth/shock": shock}, seen)
 
-    def close_boundary(self, evaluation: Evaluation) -> int:
+    def close_boundary(self, evaluation: Evaluation) -> None:
         """Record a row, save a checkpoint that holds the unsent points, then send them."""
         measured, model = self.measured, self.learner.model
         boundary = len(measured.rows)
@@ -186,11 +196,9 @@ class Run:
             boundary == 0 or measured.steps[-1] > measured.steps[-2]
         ):  # joint training stands still after its start
             self.tracker.add(self.cost.points(self.learner), self.trainer.global_step)
-        checkpoint.save(self.checkpoints, boundary, self._state(), self.keep_checkpoints)
-        self.saved = boundary
-        self.tracker.send()
+        self.trained = False
+        self._save(Moment(boundary))
         self.progress.say(table.boundary_line(measured, boundary))
-        return boundary
 
     def finish(self) -> float:
         """Write artifacts and figures, print the table, return the objective."""
@@ -204,53 +212,34 @@ class Run:
         self.progress.say(f"written to {self.folder}")
         return names.objective(self.measured, self.objective, self.cost.points(self.learner))
 
-    def _check_objective(self) -> None:
-        """Refuse, before any training, an objective that the end of this run will not define."""
-        num, blocks = len(self.stream), self.learner.model.expert_layers.items()
-        sizes = {block: sum(layer.cohort_sizes) for block, layer in blocks}
-        loads = {
-            block: [ExpertLoad(torch.ones(size).double(), torch.ones(size).long(), torch.tensor(size))] * num
-            for block, size in sizes.items()
-        }
-        ended = Record(
-            self.stream.kind,
-            self.measured.names,
-            rows=[torch.zeros(num, dtype=torch.float64)] * (num + 1),
-            loads=[loads] * (num + 1),
-            cohorts=[{block: [(size, 0, False)] for block, size in sizes.items()}] * (num + 1),
-        )
-        costs = {**self.cost.points(self.learner), "cost/tokens_per_second": 1.0}
-        names.objective(ended, self.objective, costs)
+    def _tick(self) -> None:
+        self.progress.tick()
+        self.watchdog.alive()
 
-    def _check_learning(self) -> None:
-        """Refuse, before any training, a policy that leaves nothing to learn where nothing is ever born."""
-        if (
-            self.growth.sizes
-            and len(self.stream) > 1
-            and not any(len(e.train) for e in self.training_stream[1:])
-        ):
-            raise InputError(
-                got=f"growth, and strategy={'+'.join(self.learner.strategies)}, which trains before it only",
-                allowed="growth=never beside joint training",
-                key="growth (or strategy)",
-            )
-        seen: set[int] = {label for group in self.stream.classes_at_start for label in group}
-        for experience in self.training_stream:
-            census = Census(experience.index, {})
-            newborns = self.growth.newborns(census)
-            stop = self.freeze.decide(census, newborns)
-            born = newborns or {*experience.classes} - seen
-            if stop.everything and not born and len(experience.train):
-                raise InputError(
-                    got=f"nothing left to learn in experience {experience.index}",
-                    allowed="growth, or new classes in every experience, beside freeze=all_past",
-                    key="freeze (or growth)",
-                )
-            seen.update(experience.classes)
+    def _between_tests(self) -> None:
+        """Nothing of a run changes in an evaluation, so it may end there at any time."""
+        self.watchdog.alive()
+        stopping.obey()
 
-    def _state(self) -> dict[str, object]:
+    def _between_steps(self) -> None:
+        """Between two optimizer steps a run may be saved, and stop."""
+        if self.checkpoints.due() or stopping.asked():
+            self._save(Moment(self.boundary, self.learner.batches))
+        stopping.obey()
+
+    def _save(self, moment: Moment) -> None:
+        """Write a checkpoint that holds the unsent points, then send them."""
+        self.watchdog.alive()
+        best = int(self.measured.matrix.mean(dim=1).argmax())
+        self.checkpoints.save(self.saved_in, moment, self._state(), best)
+        self.saved = moment
+        self.tracker.send()
+
+    def _state(self) -> dict[str, Any]:
         return {
-            "learner": self.learner.whole_state(),
+            "fingerprint": self.fingerprint,
+            "learner": self.learner.whole_state(self.inside),
+            "trained": self.trained,
             "loop": self.trainer.fit_loop.state_dict(),
             "max_epochs": self.trainer.fit_loop.max_epochs,
             "record": self.measured.state_dict(),
@@ -258,29 +247,54 @@ class Run:
             "tracker": self.tracker.state_dict(),
         }
 
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self.learner.load_whole_state(state["learner"])
+        self.trainer.fit_loop.load_state_dict(state["loop"])
+        self.trainer.fit_loop.max_epochs = state["max_epochs"]
+        self.measured = Record.from_state_dict(state["record"])
+        self.cost.load_state_dict(state["cost"])
+        self.trained = state["trained"]
+        self.inside = state["batches"] > 0 and not self.trained
+        self.learner.batches = state["batches"]
+
+    def _refuse(self, state: Mapping[str, Any]) -> str | None:
+        """Why a state is not this run's, if it is not."""
+        mine = self.fingerprint
+        for part, what in (("stream", "another stream"), ("model", "another model")):
+            if state["fingerprint"][part] != mine[part]:
+                return f"is of {what}"
+        return None
+
+    def _start_from(self, branch: Branch) -> None:
+        """Take over a parent's boundary; a strategy new here is shown the past, as if it had been there."""
+        state = checkpoint.at(branch, self._refuse)
+        self._load(state)
+        for name, strategy in self.learner.strategies.items():
+            if name not in state["learner"]["strategies"]:
+                for experience in self.training_stream[: branch.boundary]:
+                    self.learner.experience = experience
+                    strategy.end(self.learner.outlook())
+        for i in range(branch.boundary + 1):
+            self.tracker.add(names.stream_points(self.measured, i), i)
+            self.tracker.add(names.expert_points(self.measured, i), i)
+        self.tracker.add(self.cost.points(self.learner), self.trainer.global_step)
+        self._save(Moment(branch.boundary))
+        self._say_where("branched off")
+
+    def _say_where(self, verb: str) -> None:
+        assert self.saved is not None
+        self.progress.say(f"{verb} {ending.where(self.saved, len(self.stream))}")
+
+    def _named(self, error: BaseException) -> InputError | RunFailedError | None:
+        """The error in words that name its cause, if it is one of memory or disk."""
+        held = memory.holdings(self.learner.model, self.learner.strategies, self.trainer.optimizers)
+        return failures.named(error, self.params, held, self.folder)
+
     def _fail(self, error: BaseException) -> None:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit | StopRequestedError)
+        if isinstance(error, StopRequestedError) and self.trained:
+            self._save(Moment(self.boundary, self.learner.batches))
         self.tracker.tag("failure", f"{type(error).__name__} at step {self.trainer.global_step}: {error}")
         self.tracker.finish("stopped" if stopped else "failed")
-        kept = "nothing"
-        if self.saved is not None:
-            kept = f"the state after experience {self.saved} in {self.checkpoints}"
-        go_on = f"kept: {kept}\ngo on: cl-moe resume={self.folder}"
-        if isinstance(error, RunFailedError):
-            error.args = (
-                f"{error}\n{go_on} when the cause is mended; other settings need a run of their own",
-            )
-        elif isinstance(error, StopRequestedError):
-            error.args = (f"stopped on request\n{go_on}",)
-
-
-def training_view(stream: Stream, strategies: Mapping[str, Strategy]) -> Stream:
-    """The stream as the strategies let training see it; at most one of them may change it."""
-    changing = [name for name, s in strategies.items() if type(s).view is not Strategy.view]
-    if len(changing) > 1:
-        raise InputError(
-            got=f"strategy=[{','.join(strategies)}]",
-            allowed=f"one of {', '.join(changing)}: each decides which data is trained on",
-            key="strategy",
-        )
-    return strategies[changing[0]].view(stream) if changing else stream
+        saved = None if self.saved is None else ending.where(self.saved, len(self.stream))
+        ending.add_what_was_kept(error, self.folder, saved)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from cl_moe.errors import InputError
 
@@ -20,13 +20,17 @@ TOP = {
     "mlflow_experiment",
     "output_dir",
     "resume",
-    "keep_checkpoints",
+    "auto_resume",
+    "branch",
     "seed",
     "strategy",
 }
+NODE = "checkpoint"  # an option without alternatives, so not a group
 SEEDS = ("init", "order", "data")
 COMMAND = "command.yaml"
 """In a run's folder: the arguments that it was started with, for ``resume``."""
+CONFIG = "config.yaml"
+"""In a run's folder: the resolved configuration."""
 GIVEN = ("dim", "input_shape", "num_classes")
 """Parameters that the program gives to a factory, never the user."""
 
@@ -38,19 +42,23 @@ def check_config(config: DictConfig) -> None:
         InputError: what was given, what the constructor or the top level takes, and the key.
     """
     for key in map(str, config):
-        if key not in TOP and key not in GROUPS:
-            _refuse(f"{key}, which nothing reads", ", ".join(sorted({*TOP, *GROUPS})), key)
+        if key not in (*TOP, *GROUPS, NODE):
+            _refuse(f"{key}, which nothing reads", ", ".join(sorted({*TOP, *GROUPS, NODE})), key)
     if not isinstance(config.get("strategy"), DictConfig) or not config.strategy:
         _refuse(f"strategy={config.get('strategy') or []}", "a strategy, or naive for none", "strategy")
     _check_seeds(config.get("seed"))
     if not isinstance(config.output_dir, str) or not config.output_dir.strip():
         _refuse(f"output_dir={config.output_dir!r}", "a folder", "output_dir")
+    if not isinstance(config.auto_resume, bool):
+        _refuse(f"auto_resume={config.auto_resume!r}", "true or false", "auto_resume")
+    if config.branch is not None and not isinstance(config.branch, str):
+        _refuse(f"branch={config.branch!r}", "<run id or run folder>@<experience>, or null", "branch")
     if config.arm is not None and not (isinstance(config.arm, str) and config.arm.strip()):
         _refuse(f"arm={config.arm!r}", "a name, or null", "arm")
     raw: Any = OmegaConf.to_container(config, resolve=False)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     groups = {
-        **{name: raw[name] for name in GROUPS},
+        **{name: raw[name] for name in (*GROUPS, NODE)},
         **{f"strategy.{k}": v for k, v in raw["strategy"].items()},
     }
     for place, node in groups.items():
@@ -135,6 +143,23 @@ def _name(kind: Any) -> str:
     if _is_collection(kind):
         return "{key: value, ...}" if issubclass(get_origin(kind), Mapping) else "[a, list]"
     return names.get(kind, "an option with its keys")
+
+
+def plain(config: DictConfig | ListConfig, resolve: bool = True) -> dict[Any, Any]:
+    """A configuration as plain dicts and lists, its interpolations resolved or left as written."""
+    tree = OmegaConf.to_container(config, resolve=resolve)
+    assert isinstance(tree, dict)
+    return tree
+
+
+def leaves(tree: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str, object]]:
+    """Values of a nested mapping under dotted keys; an empty mapping is a value."""
+    for key, value in tree.items():
+        name = f"{place}.{key}" if place else str(key)
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, name)
+        else:
+            yield name, value
 
 
 def _at(tree: Any, place: str) -> Any:

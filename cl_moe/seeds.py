@@ -7,10 +7,11 @@ was killed and resumed at a boundary draws the same numbers as one that was not.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 def derive_seed(seed: int, *words: str | int) -> int:
@@ -37,3 +38,16 @@ def seeded(seed: int, *words: str | int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive_seed(seed, *words))
         yield
+
+
+def generator_states() -> dict[str, list[Tensor]]:
+    """Where torch's global generators stand: of the CPU, and of each CUDA device."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": [torch.get_rng_state()], "cuda": cuda}
+
+
+def set_generator_states(states: Mapping[str, Sequence[Tensor]]) -> None:
+    """Put them there again; on a machine with fewer devices, those that there are."""
+    torch.set_rng_state(states["cpu"][0])
+    for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
+        torch.cuda.set_rng_state(state, device)

@@ -15,6 +15,12 @@ from cl_moe.stream import Stream
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
 
+class _Trainer(L.Trainer):
+    """Leaves SIGTERM to ``stopping``; Lightning's own way skips hooks at an epoch's end and saves nothing."""
+
+    received_sigterm = False
+
+
 class TrainerSpec:
     """Builds the one Trainer that serves a whole stream.
 
@@ -29,6 +35,8 @@ class TrainerSpec:
         gradient_clip: largest gradient norm; None for no clipping.
         accumulate: batches per optimizer step.
         log_every: optimizer steps between two points of ``train/*``.
+        stall_minutes: without a finished batch of training or evaluation after which the run counts as hung
+            and fails; None: never.
     """
 
     def __init__(
@@ -43,6 +51,7 @@ class TrainerSpec:
         gradient_clip: float | None = None,
         accumulate: int = 1,
         log_every: int = 20,
+        stall_minutes: float | None = 30.0,
     ) -> None:
         counts = {
             "epochs": epochs,
@@ -57,6 +66,10 @@ class TrainerSpec:
                 raise InputError(
                     got=f"{name}={value!r}", allowed="a whole number, at least 1", key=f"trainer.{name}"
                 )
+        if stall_minutes is not None and not stall_minutes > 0:
+            raise InputError(
+                got=f"stall_minutes={stall_minutes}", allowed="above 0, or null", key="trainer.stall_minutes"
+            )
         if gradient_clip is not None and not gradient_clip > 0:
             raise InputError(
                 got=f"gradient_clip={gradient_clip}", allowed="above 0, or null", key="trainer.gradient_clip"
@@ -71,6 +84,7 @@ class TrainerSpec:
         self.accelerator, self.devices, self.precision = accelerator, devices, precision
         self.threads, self.gradient_clip = threads, gradient_clip
         self.accumulate, self.log_every = accumulate, log_every
+        self.stall_minutes = stall_minutes
 
     def build(self) -> L.Trainer:
         """The Trainer, with its chatter silenced: what we need to say, we say once ourselves."""
@@ -79,8 +93,10 @@ class TrainerSpec:
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
         warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
+        # After a restart inside an epoch the sampler passes over what was trained: see ``Order.begin_at``.
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch")
         try:
-            return L.Trainer(
+            return _Trainer(
                 max_epochs=0,  # raised before each fit: see ``raise_epochs``
                 accelerator=self.accelerator,
                 devices=self.devices,

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from omegaconf import DictConfig, open_dict
 
-collect_ignore = ["killed.py"]  # a program for test_resume, not a test
+collect_ignore = ["killed.py", "chaos.py"]  # programs, not tests
 torch.set_num_threads(1)
 settings.register_profile("cl_moe", deadline=None, derandomize=True)
 settings.load_profile("cl_moe")
@@ -43,6 +44,23 @@ def ready_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("ready") / "mlflow.db"
     store.open_store(f"sqlite:///{file}")
     return file
+
+
+@pytest.fixture(scope="session")
+def composed() -> Callable[..., DictConfig]:
+    """``composed("layer=moe", ...)`` is the configuration that a run with these arguments gets."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.hydra_config import HydraConfig
+
+    def compose_here(*overrides: str) -> DictConfig:
+        with initialize_config_module("conf", version_base="1.3"):
+            config = compose("config", ["output_dir=unused", *overrides], return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        with open_dict(config):
+            del config["hydra"]
+        return config
+
+    return compose_here
 
 
 @pytest.fixture(scope="session")

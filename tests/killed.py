@@ -1,15 +1,18 @@
-"""Not a test: a run of cl-moe that kills itself, with SIGKILL, at a chosen moment.
+"""Not a test: a run of cl-moe that sends itself a signal, SIGKILL say, at a chosen moment.
 
-Run by ``test_resume.py`` through ``runpy`` with the globals FOLDER, ARGUMENTS, PLACE, COUNT.
+Run by ``test_resume.py`` through ``runpy`` with the globals FOLDER, ARGUMENTS, PLACE, COUNT, SIGNAL.
 """
 
 # ruff: noqa: F821 - its globals are given
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
-from pathlib import Path
+from typing import IO
+
+import torch
 
 from cl_moe import checkpoint, cli, experiment
 from cl_moe.learner import Learner
@@ -17,7 +20,7 @@ from cl_moe.tracking import figures
 from cl_moe.tracking.tracker import MLflowTracker
 
 PLACES = {
-    "saving": (checkpoint, "save"),
+    "saving": (checkpoint.Checkpoints, "save"),
     "training": (Learner, "training_step"),
     "evaluating": (Learner, "test_step"),
     "sending": (MLflowTracker, "_send"),
@@ -28,18 +31,20 @@ PLACES = {
 
 
 def arm(place: str, count: int) -> None:
-    """Die in the ``count``-th call of a place: "before ..." as it begins, "after ..." as it ends."""
+    """The signal in the ``count``-th call of a place: "before ..." as it begins, "after ..." as it ends,
+    "around ..." both.
+    """
     moment, _, name = place.partition(" ")
     owner, attribute = PLACES[name]
     original, calls = getattr(owner, attribute), []
 
     def deadly(*args: object, **kwargs: object) -> object:
         calls.append(1)
-        if len(calls) == count and moment == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(calls) == count and moment in ("before", "around"):
+            os.kill(os.getpid(), SIGNAL)
         result = original(*args, **kwargs)
-        if len(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(calls) == count and moment in ("after", "around"):
+            os.kill(os.getpid(), SIGNAL)
         return result
 
     setattr(owner, attribute, deadly)
@@ -47,16 +52,18 @@ def arm(place: str, count: int) -> None:
 
 def half_write(count: int) -> None:
     """Die while the ``count``-th checkpoint is half on the disk, under its temporary name."""
-    original, calls = checkpoint.write_atomically, []
+    original, calls = torch.save, []
 
-    def deadly(path: Path, content: bytes) -> None:
-        calls.extend([1] if path.name.startswith("boundary_") else [])
+    def deadly(state: object, file: IO[bytes]) -> None:
+        calls.append(1)
         if len(calls) == count:
-            path.with_name(f".{path.name}.{os.getpid()}").write_bytes(content[: len(content) // 2])
+            original(state, whole := io.BytesIO())
+            file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+            file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
-        original(path, content)
+        original(state, file)
 
-    checkpoint.write_atomically = deadly
+    checkpoint.torch.save = deadly
 
 
 os.chdir(FOLDER)

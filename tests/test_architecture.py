@@ -18,13 +18,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: dict[str, int] = {
-    **dict.fromkeys(("", "errors", "seeds", "layers", "losses", "stream", "batches"), 0),
+    **dict.fromkeys(("", "errors", "seeds", "stopping", "layers", "losses", "stream", "batches"), 0),
     **dict.fromkeys(("metrics.functional", "tracking.record"), 0),
     **dict.fromkeys(("models", "optim", "metrics"), 1),
     **dict.fromkeys(("growth", "strategies"), 2),
-    **dict.fromkeys(("learner", "tracking", "checkpoint", "progress", "trainer"), 3),
-    **dict.fromkeys(("experiment", "run", "evaluation", "cost"), 4),
-    **dict.fromkeys(("cli", "launch", "schema", "worker", "__main__"), 5),
+    **dict.fromkeys(("learner", "lean", "tracking", "checkpoint", "progress", "trainer"), 3),
+    **dict.fromkeys(("failures", "memory", "watchdog"), 3),
+    **dict.fromkeys(("experiment", "run", "preflight", "ending", "evaluation", "cost"), 4),
+    **dict.fromkeys(
+        ("cli", "arguments", "launch", "branching", "stored", "schema", "targets", "worker", "__main__"), 5
+    ),
 }
 """Rooms of ``cl_moe``; "" is the package itself. A module is in the longest room its name begins with."""
 
@@ -38,14 +41,28 @@ SIBLINGS: dict[tuple[str, str], str] = {
     ("batches", "stream"): "batches are cut from what the contract of a stream holds",
     ("tracking.record", "layers"): "a record is plain data in floor 0's words: expert loads",
     ("tracking.record", "stream"): "a record is plain data in floor 0's words: kinds of stream",
+    ("failures", "memory"): "a refused allocation is told with who holds how much",
+    ("watchdog", "failures"): "where a run hangs is told in the words of where one fails",
     ("experiment", "run"): "the loop is the page to read first; what it drives stands beside it",
     ("experiment", "evaluation"): "the loop is the page to read first; what it drives stands beside it",
     ("run", "evaluation"): "a run keeps what its evaluation returned",
     ("run", "cost"): "a run meters what it costs",
+    ("run", "preflight"): "a run refuses what it would fail by",
+    ("run", "ending"): "a run says how it ended",
+    ("preflight", "cost"): "an objective may be a cost",
+    ("learner", "lean"): "a learner is a LightningModule",
     ("__main__", "cli"): "python -m cl_moe is the command line",
     ("cli", "launch"): "the command line starts the ranks",
-    ("cli", "schema"): "resume reads what a launch wrote",
+    ("cli", "arguments"): "resume and branch stand for arguments, which Hydra gets",
+    ("arguments", "schema"): "resume reads what a launch wrote",
     ("launch", "schema"): "what is launched was checked first",
+    ("launch", "targets"): "nothing is launched by name that builds no part of a run",
+    ("launch", "stored"): "a launch meets what an earlier one left in the folder",
+    ("launch", "branching"): "a branch is launched from its parent's folder",
+    ("stored", "schema"): "what is stored is the checked configuration",
+    ("stored", "arguments"): "both know which keys may change when a run goes on",
+    ("branching", "schema"): "a branch reads what its parent stored",
+    ("branching", "arguments"): "a branch may come from a file as well",
 }
 """Imports along a floor, tolerated with a reason. None of them may have its way back in this table."""
 

@@ -3,15 +3,18 @@
 import hashlib
 import io
 import logging
+import math
 import os
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from cl_moe import checkpoint
+from cl_moe.checkpoint import Branch, Checkpoints, Moment
 from cl_moe.errors import InputError
 
 
@@ -19,8 +22,12 @@ def state(number: int) -> dict[str, object]:
     return {"weights": {"w": torch.full((3,), float(number))}, "ledger": [{"act": "grow", "n": number}]}
 
 
-def save(folder: Path, *numbers: int, keep: int = 5) -> list[Path]:
-    return [checkpoint.save(folder, number, state(number), keep) for number in numbers]
+def save(
+    folder: Path, *moments: int | tuple[int, int], keep: int | None = None, best: int = -1
+) -> list[Path]:
+    keeper = Checkpoints(keep=keep)
+    places = [Moment(*m) if isinstance(m, tuple) else Moment(m) for m in moments]
+    return [keeper.save(folder, place, state(place.boundary), best) for place in places]
 
 
 def plant(folder: Path, number: int, content: bytes) -> Path:
@@ -63,10 +70,80 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted(paths[-2:])
 
 
-def test_keeping_none_is_refused(tmp_path: Path) -> None:
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    paths = save(tmp_path, 0, 1, 2, 3, 4, keep=2, best=1)
+    assert sorted(tmp_path.iterdir()) == sorted([paths[1], *paths[-2:]])
+
+
+def test_all_boundaries_are_kept_by_default(tmp_path: Path) -> None:
+    paths = save(tmp_path, *range(12))
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+def test_two_moments_inside_are_kept_until_the_next_boundary(tmp_path: Path) -> None:
+    paths = save(tmp_path, 0, 1, (1, 3), (1, 6), (1, 100000000))
+    assert sorted(tmp_path.iterdir()) == sorted([*paths[:2], *paths[-2:]])
+    found = checkpoint.newest(tmp_path)
+    assert (found["boundary"], found["batches"]) == (1, 100000000)
+    (boundary,) = save(tmp_path, 2)
+    assert sorted(tmp_path.iterdir()) == sorted([*paths[:2], boundary])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("keep", wrong) for wrong in (0, -1, 1.5)),
+        *(("every_steps", wrong) for wrong in (0, 2.5)),
+        *(("every_minutes", wrong) for wrong in (0, -1.0, math.inf)),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(name: str, value: float) -> None:
     with pytest.raises(InputError) as caught:
-        checkpoint.save(tmp_path, 0, state(0), keep=0)
-    assert caught.value.key == "keep_checkpoints"
+        Checkpoints(**{name: value})
+    assert caught.value.key == f"checkpoint.{name}"
+
+
+def test_it_is_due_by_steps(tmp_path: Path) -> None:
+    keeper = Checkpoints(every_steps=3, every_minutes=None)
+    due = []
+    for step in range(7):
+        due.append(keeper.due())
+        if due[-1]:
+            keeper.save(tmp_path, Moment(0, step + 1), state(0), best=0)
+    assert due == [False, False, True, False, False, True, False]
+
+
+def test_it_is_due_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    keeper = Checkpoints(every_minutes=2)
+    assert not keeper.due()
+    clock[0] += 121
+    assert keeper.due()
+    keeper.save(tmp_path, Moment(0, 1), state(0), best=0)
+    assert not keeper.due()
+
+
+def test_a_branch_finds_its_boundary_or_says_which_there_are(tmp_path: Path) -> None:
+    paths = save(tmp_path / "checkpoints", 0, 1, 2, (2, 7))
+    found = checkpoint.at(Branch(tmp_path, 1), lambda state: None)
+    assert (found["boundary"], found["batches"]) == (1, 0)
+    with pytest.raises(InputError, match=r"\(0, 1, 2\)"):
+        checkpoint.at(Branch(tmp_path, 3), lambda state: None)
+    with pytest.raises(InputError, match="not good"):
+        checkpoint.at(Branch(tmp_path, 1), lambda state: "is of another model")
+    flip(paths[1])
+    with pytest.raises(InputError, match="not good"):
+        checkpoint.at(Branch(tmp_path, 1), lambda state: None)
+
+
+def test_what_is_not_this_runs_is_passed_over(tmp_path: Path, caplog) -> None:
+    save(tmp_path, 1, 2)
+    refuse = {2: "is of another model"}
+    with caplog.at_level(logging.WARNING):
+        found = checkpoint.newest(tmp_path, lambda state: refuse.get(state["boundary"]))
+    assert found["boundary"] == 1
+    assert "is of another model: going back to the one before" in caplog.text
 
 
 def test_nothing_temporary_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +160,7 @@ def test_nothing_temporary_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_half_written_file_of_a_killed_process_is_swept_away(tmp_path: Path) -> None:
-    left = tmp_path / ".boundary_001-0123456789abcdef.pt.4711"
+    left = tmp_path / ".boundary_001.4711"
     left.write_bytes(b"half")
     (path,) = save(tmp_path, 1)
     assert list(tmp_path.iterdir()) == [path]
@@ -172,7 +249,7 @@ def test_after_a_fall_back_the_new_file_outlives_the_bad_ones(tmp_path: Path, ke
     for number in (2, 3):
         (tmp_path / f"boundary_{number:03d}-{stray}.pt").write_bytes(b"damaged")
     assert checkpoint.newest(tmp_path)["boundary"] == 1
-    path = checkpoint.save(tmp_path, 2, state(20), keep)
+    path = Checkpoints(keep=keep).save(tmp_path, Moment(2), state(20), best=0)
     assert path.exists()
     found = checkpoint.newest(tmp_path)
     assert (found["boundary"], found["weights"]["w"][0].item()) == (2, 20.0)
@@ -188,7 +265,9 @@ class Bomb:
         return os.system, (f"touch {self.target}",)
 
 
-@pytest.mark.parametrize("wrap", [lambda bomb: bomb, lambda bomb: {"format": 1, "boundary": 2, "x": bomb}])
+@pytest.mark.parametrize(
+    "wrap", [lambda bomb: bomb, lambda bomb: {"format": checkpoint.FORMAT, "boundary": 2, "x": bomb}]
+)
 @pytest.mark.parametrize("write", [pickle.dumps, archive])
 def test_a_pickle_that_would_run_code_is_refused_unread(tmp_path: Path, caplog, write, wrap) -> None:
     mark = tmp_path / "executed"

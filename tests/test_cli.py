@@ -87,7 +87,12 @@ WRONG: dict[tuple[str, ...], tuple[str, ...]] = {  # arguments: words that the m
     ("trainer.precision=nonsense",): ("bf16-mixed", "trainer.precision"),
     ("optimizer.lr=-1",): ("above 0", "change: optimizer.lr"),
     ("optimizer.weight_decay=-1",): (">= 0", "change: optimizer.weight_decay"),
-    ("keep_checkpoints=0",): ("at least 1", "change: keep_checkpoints"),
+    ("checkpoint.keep=0",): ("at least 1, or null", "change: checkpoint.keep"),
+    ("auto_resume=3",): ("got: auto_resume=3", "true or false", "change: auto_resume"),
+    ("auto_resume=true", "hydra.run.dir=runs/${now:%Y}"): ("no second start", "change: hydra.run.dir"),
+    ("branch=nowhere@1",): ("got: branch=nowhere@1", "output folder", "change: branch"),
+    ("branch=out",): ("<whole number>", "change: branch"),
+    ("++branch=3",): ("got: branch=3", "<whole number>", "change: branch"),
     ("tracking.uri=./mlruns",): ("sqlite:///<file>", "change: tracking.uri"),
     ("seed.init=one",): ("a whole number", "change: seed.init"),
     ("seed.order=1", "stream.order=[9,8,7,6,5,4,3,2,1,0]"): ("one of them", "stream.order or seed.order"),
@@ -111,6 +116,7 @@ def test_wrong_input_is_one_message_and_status_2(
     assert "before training" not in done.text
     assert not [run for run in runs(tmp_path) if run.info.status == "RUNNING"]
     assert not list(tmp_path.glob("**/checkpoints/boundary_001*"))
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_a_file_without_the_column(command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -138,7 +144,7 @@ def test_a_loss_that_is_not_finite(command: Callable, tmp_path: Path):
     done = command(*SMALL, "optimizer.lr=1e10")
     assert done.status == 1, done.text
     assert "loss not finite at step" in done.text
-    assert "kept: the state after experience 0 in" in done.text
+    assert "kept: the state after experience 0 of 2, in" in done.text
     assert f"go on: cl-moe resume={tmp_path / 'out'}" in done.text
     assert "Traceback" not in done.text
     assert done.text.count("not finite") == 1
@@ -156,15 +162,16 @@ def test_a_loss_that_is_not_finite(command: Callable, tmp_path: Path):
 def test_a_full_disk_is_a_failure_with_a_name(command: Callable, monkeypatch: pytest.MonkeyPatch):
     save = checkpoint.save
 
-    def full(folder: Path, boundary: int, *rest: object) -> Path:
-        if boundary == 1:
+    def full(folder: Path, moment: checkpoint.Moment, *rest: object) -> Path:
+        if moment.boundary == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return save(folder, boundary, *rest)  # type: ignore[arg-type]
+        return save(folder, moment, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(checkpoint, "save", full)
     done = command(*SMALL)
     assert done.status == 1, done.text
-    assert "No space left on device\nkept: the state after experience 0 in" in done.text
+    assert "the disk is full" in done.text
+    assert "\nkept: the state after experience 0 of 2, in" in done.text
     assert "defect" not in done.text
 
 
@@ -188,7 +195,7 @@ def test_wrong_input_in_one_job_of_a_multirun(command: Callable, tmp_path: Path)
 @pytest.mark.parametrize("where", ["training_step", "test_step", "configure_optimizers"])
 @pytest.mark.parametrize(
     ("number", "status", "words"),
-    [(signal.SIGINT, 130, "stopped by the keyboard"), (signal.SIGTERM, 75, "go on: cl-moe resume=")],
+    [(signal.SIGINT, 130, "go on: cl-moe resume="), (signal.SIGTERM, 75, "go on: cl-moe resume=")],
 )
 def test_a_signal_stops_a_run_and_it_can_go_on(
     number: int,
@@ -240,7 +247,7 @@ def test_hydra_full_error_shows_the_traceback(command: Callable, monkeypatch: py
 
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(InputError):
-        cli.main([*SMALL, "tracking=none", "keep_checkpoints=0"])
+        cli.main([*SMALL, "tracking=none", "objective=nonsense"])
     assert os.environ["HYDRA_FULL_ERROR"] == "1"
 
 

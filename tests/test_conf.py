@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 import conf
 from cl_moe import launch
 
+Compose = Callable[..., DictConfig]
 ROOT = Path(conf.__path__[0])
 GIVEN_LATER = {  # parameters that the program gives, not the user
     "layer": {"dim"},
@@ -29,15 +29,6 @@ EXPERIMENTS = sorted(
 )
 
 
-def composed(*overrides: str) -> DictConfig:
-    with initialize_config_module("conf", version_base="1.3"):
-        config = compose("config", [*overrides, "output_dir=unused"], return_hydra_config=True)
-    HydraConfig.instance().set_config(config)
-    with open_dict(config):
-        del config["hydra"]
-    return config
-
-
 def node_of(config: DictConfig, group: str, name: str) -> DictConfig:
     return config.strategy[name] if group == "strategy" else config[group]
 
@@ -48,7 +39,7 @@ def test_the_groups_of_the_contract_are_there():
 
 
 @pytest.mark.parametrize(("group", "name"), LEAVES, ids="/".join)
-def test_keys_are_the_parameters_of_the_class(group: str, name: str):
+def test_keys_are_the_parameters_of_the_class(group: str, name: str, composed: Compose):
     node = node_of(composed(f"{group}={name}"), group, name)
     parameters = inspect.signature(get_object(node._target_)).parameters
     keys = {key for key in node if key not in ("_target_", "_partial_")}
@@ -56,7 +47,7 @@ def test_keys_are_the_parameters_of_the_class(group: str, name: str):
 
 
 @pytest.mark.parametrize(("group", "name"), LEAVES, ids="/".join)
-def test_every_leaf_instantiates(group: str, name: str):
+def test_every_leaf_instantiates(group: str, name: str, composed: Compose):
     made = instantiate(node_of(composed(f"{group}={name}"), group, name))
     assert isinstance(made, functools.partial) == (group in GIVEN_LATER)
 
@@ -69,7 +60,7 @@ def test_a_leaf_opens_with_how_to_run_it(group: str, name: str):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_builds(name: str, tmp_path: Path):
+def test_every_experiment_builds(name: str, composed: Compose, tmp_path: Path):
     config = composed(f"experiment={name}", "tracking=none")
     config.output_dir = str(tmp_path)
     run = launch.build(config)
@@ -78,25 +69,25 @@ def test_every_experiment_builds(name: str, tmp_path: Path):
     assert "# Command:" in text
 
 
-def test_strategies_stand_side_by_side():
+def test_strategies_stand_side_by_side(composed: Compose):
     strategy = composed("strategy=[replay,lwf]").strategy
     assert set(strategy) == {"replay", "lwf"}
     assert set(strategy.replay) == {"_target_", "memory_size", "share"}
     assert set(strategy.lwf) == {"_target_", "alpha", "temperature"}
 
 
-def test_an_own_value_survives_beside_a_second_strategy():
+def test_an_own_value_survives_beside_a_second_strategy(composed: Compose):
     strategy = composed("strategy=[replay,lwf]", "strategy.replay.memory_size=7").strategy
     assert (strategy.replay.memory_size, "memory_size" in strategy.lwf) == (7, False)
 
 
-def test_a_stream_brings_its_model_and_the_command_line_wins():
+def test_a_stream_brings_its_model_and_the_command_line_wins(composed: Compose):
     assert composed("stream=text_domains").model._target_.endswith("DecoderLM")
     assert composed("stream=text_domains", "model=mlp").model._target_.endswith("MLPClassifier")
     assert composed("stream=split_digits", "trainer.epochs=3").trainer.epochs == 3
 
 
-def test_top_level_keys_of_the_contract():
+def test_top_level_keys_of_the_contract(composed: Compose):
     config = composed()
     for key in ("seed.init", "seed.order", "seed.data", "resume", "objective", "output_dir", "arm"):
         assert OmegaConf.select(config, key, throw_on_missing=True) is not None or key in (
@@ -108,7 +99,7 @@ def test_top_level_keys_of_the_contract():
         assert OmegaConf.select(config, key) is not None
 
 
-def test_flattened_params_list_a_shared_node_once():
+def test_flattened_params_list_a_shared_node_once(composed: Compose):
     params = launch.flatten(composed("layer=moe"))
     assert params["layer.num_experts"] == 8
     assert params["router.k"] == 2

@@ -112,7 +112,7 @@ def test_what_is_frozen_keeps_its_bytes(
     freeze: str, layer: tuple[str, ...], command: Callable, tmp_path: Path
 ):
     words = (*DIGITS, *layer, *GROW, f"freeze={freeze}", "optimizer=adamw", "optimizer.weight_decay=0.1")
-    done = command(*words, "stream.tune_on_first=3", "keep_checkpoints=9")
+    done = command(*words, "stream.tune_on_first=3")
     assert done.status == 0, done.text
     folder = tmp_path / "out/checkpoints"
     boundaries = [_weights(next(folder.glob(f"boundary_{i:03d}-*.pt"))) for i in range(4)]

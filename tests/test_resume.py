@@ -10,18 +10,15 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock
 from mlflow import MlflowClient
 
 from cl_moe import checkpoint
 from cl_moe.tracking import artifacts
 
-DRIVER = Path(__file__).with_name("killed.py")
 DIGITS = ("hydra.run.dir=out", "trainer.epochs=1", "stream.tune_on_first=3", "trainer.log_every=4")
 MOE = (
     *("layer=moe", "layer.hidden=16", "growth=every_experience", "growth.num_experts=4"),
@@ -37,17 +34,13 @@ ARMS = {
     "moe": (*DIGITS, *MOE),
     "peer": (*DIGITS, *PEER),
 }
-WALL_CLOCK = {"cost/seconds", "cost/tokens_per_second"}
-FILES = (artifacts.MATRIX, artifacts.LEDGER)
-Points = dict[str, list[tuple[int, float]]]
+CHAOS = runpy.run_path(str(Path(__file__).with_name("chaos.py")))
+start = CHAOS["start"]
 
 
 @pytest.fixture(scope="session")
 def server() -> multiprocessing.context.ForkServerContext:
-    """Forks runs from a process that has imported everything once, which takes seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cl_moe.launch", "cl_moe.experiment", "mlflow", "datasets", "sklearn"])
-    return context
+    return CHAOS["forkserver"]()
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +57,6 @@ def reference(command_in: Callable, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-def start(server, folder: Path, arguments: tuple[str, ...], place: str, count: int) -> BaseProcess:
-    given = {"FOLDER": str(folder), "ARGUMENTS": list(arguments), "PLACE": place, "COUNT": count}
-    process = server.Process(target=runpy.run_path, args=(str(DRIVER), given))
-    process.start()
-    return process
-
-
 def kill(server, ready_store: Path, folder: Path, arm: str, place: str, count: int) -> None:
     shutil.copy(ready_store, folder / "mlflow.db")
     process = start(server, folder, ARMS[arm], place, count)
@@ -78,31 +64,8 @@ def kill(server, ready_store: Path, folder: Path, arm: str, place: str, count: i
     assert process.exitcode == -signal.SIGKILL, (folder / "log.txt").read_text()
 
 
-def points(folder: Path) -> Points:
-    """Every point of the one run that there is, as often as it stands in the store."""
-    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-    assert (run.info.status, run.data.tags["status"]) == ("FINISHED", "finished")
-    history = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
-    return {
-        key: sorted((m.step, 0.0 if key in WALL_CLOCK else m.value) for m in found)
-        for key, found in history.items()
-    }
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    state = checkpoint.newest(folder / "out/checkpoints")
-    assert state is not None
-    return state["learner"]["model"]
-
-
 def assert_same(one: Path, two: Path) -> None:
-    for name in FILES:
-        assert (one / "out" / name).read_bytes() == (two / "out" / name).read_bytes()
-    mine, other = weights(one), weights(two)
-    assert mine.keys() == other.keys()
-    assert all(torch.equal(mine[key], other[key]) for key in mine)
-    assert points(one) == points(two)
+    assert CHAOS["differences"](CHAOS["facts"](one), CHAOS["facts"](two)) == []
 
 
 MOMENTS = [
@@ -138,6 +101,43 @@ def test_killed_and_resumed_is_as_if_never_killed(
     assert ("resumed after experience" in done.text) == (before is not None)
     assert_same(tmp_path, reference(arm))
     assert not list((tmp_path / "out/checkpoints").glob(".*"))
+
+
+STOPS = [
+    ("moe", "before training", 12, signal.SIGTERM, 75, "after experience 1 of 3 and 3 batches of the next"),
+    ("moe", "before training", 9, signal.SIGTERM, 75, "after experience 0 of 3 and 9 batches of the next"),
+    ("peer", "before training", 12, signal.SIGINT, 130, "after experience 1 of 3 and 3 batches of the next"),
+    ("moe", "before evaluating", 9, signal.SIGTERM, 75, "after experience 1 of 3 and 9 batches of the next"),
+    ("moe", "before growing", 2, signal.SIGTERM, 75, "after experience 1 of 3"),
+    ("dense", "before evaluating", 1, signal.SIGTERM, 75, ""),
+]
+
+
+@pytest.mark.parametrize(("arm", "place", "count", "number", "status", "where"), STOPS)
+def test_stopped_on_request_keeps_the_step_it_was_at(
+    arm, place, count, number, status, where, server, ready_store, reference, command_in, tmp_path
+):
+    shutil.copy(ready_store, tmp_path / "mlflow.db")
+    process = start(server, tmp_path, ARMS[arm], place, count, number)
+    process.join(120)
+    said = (tmp_path / "log.txt").read_text()
+    assert process.exitcode == status, said
+    assert f"kept: the state {where}, in" in said if where else "kept: nothing" in said
+    assert "Traceback" not in said
+    done = command_in(tmp_path, "resume=out")
+    assert done.status == 0, done.text
+    assert f"resumed {where}\n" in done.text if where else "resumed" not in done.text
+    assert_same(tmp_path, reference(arm))
+
+
+def test_a_second_keyboard_interrupt_does_not_wait(server, ready_store, reference, command_in, tmp_path):
+    shutil.copy(ready_store, tmp_path / "mlflow.db")
+    process = start(server, tmp_path, ARMS["moe"], "around training", 12, signal.SIGINT)
+    process.join(120)
+    assert process.exitcode == 130, (tmp_path / "log.txt").read_text()
+    assert not list(tmp_path.glob("out/checkpoints/*_batch_*"))
+    assert command_in(tmp_path, "resume=out").status == 0
+    assert_same(tmp_path, reference("moe"))
 
 
 @pytest.mark.slow
@@ -198,7 +198,7 @@ def test_no_good_checkpoint_is_the_users_to_mend(finished, command_in):
     done = command_in(finished, "resume=out")
     assert done.status == 2
     assert done.text.count("got: ") == 1
-    assert "none of them readable" in done.text
+    assert "none of them good" in done.text
 
 
 def test_resume_by_run_id(reference, command_in):
@@ -210,14 +210,14 @@ def test_resume_by_run_id(reference, command_in):
 
 
 def test_other_arguments_beside_resume_are_refused(finished, command_in):
-    before = points(finished)
+    before = CHAOS["points"](finished)
     for other in ("optimizer.lr=0.5", "trainer.epochs=2", "layer=dense"):
         done = command_in(finished, "resume=out", other)
         assert done.status == 2
         assert f"got: {other} beside resume" in done.text
         assert "growth=every_experience" in done.text  # what is allowed
     assert command_in(finished, "-m", "resume=out").status == 2
-    assert points(finished) == before
+    assert CHAOS["points"](finished) == before
 
 
 def test_a_folder_with_another_configuration_is_refused(finished, command_in):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from cl_moe.schema import fits
+from cl_moe.schema import fits, leaves
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,8 @@ from cl_moe.schema import fits
 def test_kinds(kind: Any, good: list[object], bad: list[object]):
     assert all(fits(value, kind) for value in good)
     assert not any(fits(value, kind) for value in bad)
+
+
+def test_leaves_stand_under_dotted_keys_and_an_empty_mapping_is_one():
+    tree = {"a": {"b": [1, 2], "c": {}}, 3: {"d": None}}
+    assert dict(leaves(tree)) == {"a.b": [1, 2], "a.c": {}, "3.d": None}

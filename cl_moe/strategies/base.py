@@ -3,6 +3,10 @@
 Order within an experience: ``begin``, after the model was adapted; for each step ``batch``, ``loss``,
 ``gradients``; ``end``, before the evaluation. A strategy overrides what it needs. ``view`` is asked once,
 before the run.
+
+A run may be killed between any two steps and go on in another process: there ``begin`` is called again,
+then ``load_state_dict`` with what ``state_dict`` gave between the two steps. So what ``begin`` makes and
+steps change belongs into the state; what ``begin`` makes and steps only read does not.
 """
 
 from __future__ import annotations

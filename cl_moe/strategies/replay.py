@@ -81,12 +81,19 @@ class Replay(Strategy):
         return (torch.rand(count, generator=draw, dtype=torch.float64) * (position + 1)).long()
 
     def state_dict(self) -> dict[str, Any]:
-        """Memory and the counter, without which a resumed reservoir would favour the new."""
-        return {"memory": self.memory, "seen": self.seen}
+        """Memory; the counter, without which a resumed reservoir would favour the new; the draw."""
+        return {
+            "memory": self.memory,
+            "seen": self.seen,
+            "owed": self._owed,
+            "draw": self._draw.get_state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take memory and counter back."""
+        """Take them back."""
         self.memory, self.seen = list(state["memory"]), state["seen"]
+        self._owed = state["owed"]
+        self._draw.set_state(state["draw"])
 
     @property
     def buffer_bytes(self) -> int:

@@ -28,6 +28,7 @@ class Teacher:
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
+        self.device = torch.device("cpu")
         self.num_classes = 0
         self.num_cohorts: int | None = None
 
@@ -70,9 +71,11 @@ class Teacher:
         """Take old values and counts back."""
         self.values = dict(state["values"])
         self.num_classes, self.num_cohorts = state["num_classes"], state["num_cohorts"]
+        self.to(self.device)
 
     def to(self, device: torch.device) -> None:
         """Move the old values to where the model computes."""
+        self.device = device
         self.values = {name: value.to(device) for name, value in self.values.items()}
 
 

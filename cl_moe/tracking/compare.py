@@ -81,11 +81,18 @@ def compare(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command: prints the tables, the files and how to open MLflow; exits 2 if the input is wrong."""
+    """The command: prints the tables, the files and how to open MLflow; exits 2 if the input is wrong.
+
+    With ``--sync`` it delivers what runs could not, and compares nothing.
+    """
     options = _parser().parse_args(arguments)
+    uri = options.uri or _DEFAULT_URI
     try:
+        if options.sync is not None:
+            _sync(options)
+            return
         result = compare(
-            options.uri,
+            uri,
             options.experiment,
             group_by=[key.strip() for key in options.group_by.split(",") if key.strip()] or ["arm"],
             metric=options.metric,
@@ -98,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(error, file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    _print(result, options.uri)
+    _print(result, uri)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     option = parser.add_argument
     option("--experiment", default="cl-moe", metavar="NAME", help="MLflow experiment (default: %(default)s)")
-    option("--uri", default=_DEFAULT_URI, help="MLflow store: sqlite:///<file> or http(s)://<server>")
+    option("--uri", help=f"MLflow store: sqlite:///<file> or http(s)://<server> (default: {_DEFAULT_URI})")
     option(
         "--group-by", default="arm", metavar="KEY,...", help="params or tags that make an arm (default: arm)"
     )
@@ -115,7 +122,25 @@ def _parser() -> argparse.ArgumentParser:
     option("--out", default="comparison", metavar="DIR", help="where to write (default: %(default)s)")
     option("--sweep", metavar="ID", help="only the runs of this multirun (their tag sweep)")
     option("--baseline", metavar="ARM", help="compare with this arm (default: naive, without growth)")
+    option(
+        "--sync",
+        nargs="*",
+        metavar="FOLDER",
+        help="compare nothing: deliver what these runs could not, when their store was away "
+        "(default: all under outputs and multirun; --uri overrides the store of their configurations)",
+    )
     return parser
+
+
+def _sync(options: argparse.Namespace) -> None:
+    from cl_moe.tracking.sync import command
+
+    defaults = _parser().parse_args([])
+    others = {key for key, value in vars(options).items() if value != getattr(defaults, key)}
+    if more := sorted(others - {"sync", "uri"}):
+        option = f"--{more[0].replace('_', '-')}"
+        raise InputError(got=f"--sync and {option}", allowed="--sync with --uri alone", key=option)
+    command(options.sync, options.uri)
 
 
 def _print(result: Result, uri: str) -> None:

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -60,15 +61,18 @@ def database(uri: str) -> Path | None:
     return Path(uri.removeprefix(_SQLITE).partition("?")[0]) if uri.startswith(_SQLITE) else None
 
 
-def open_store(uri: str, *, create: bool = True, key: str = "tracking.uri") -> MlflowClient:
+def open_store(
+    uri: str, *, create: bool = True, key: str = "tracking.uri", patience: float = _LOCK_SECONDS
+) -> MlflowClient:
     """A client of the store behind ``uri``.
 
     A server is not contacted here. A sqlite file is made if it is missing (or empty) and ``create`` is true.
+    A process that is making it is waited for, ``patience`` seconds at most.
 
     Raises:
         InputError: no such kind of store, no file and ``create`` is false, not an MLflow file, or one of
             another MLflow version.
-        RunFailedError: the store is locked by another process for minutes.
+        RunFailedError: another process holds the store's lock for longer.
     """
     uri = absolute_uri(uri, key)
     file = database(uri)
@@ -81,7 +85,7 @@ def open_store(uri: str, *, create: bool = True, key: str = "tracking.uri") -> M
 
     if file is None:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    with _readable(uri, key), _lock(file), _quiet():
+    with _readable(uri, key), _lock(file, patience), _quiet():
         if not _has_content(file):
             _make_store(file)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -200,6 +204,7 @@ def must(uri: str, action: Callable[[], _T]) -> _T:
         ) from error
 
 
+@lru_cache(maxsize=10_000)
 def check_name(name: str, kind: str) -> None:
     """MLflow refuses a whole batch for one bad name, so it is found where the name comes in."""
     path = posixpath.normpath(name)
@@ -261,16 +266,16 @@ def _make_store(file: Path) -> None:
 
 
 @contextmanager
-def _lock(file: Path) -> Iterator[None]:
+def _lock(file: Path, patience: float = _LOCK_SECONDS) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(f"{file}.lock", timeout=_LOCK_SECONDS):
+        with FileLock(f"{file}.lock", timeout=patience):
             yield
     except Timeout as error:
         raise RunFailedError(
-            f"{file}.lock is held by another process since {_LOCK_SECONDS:.0f} s; nothing was changed. "
+            f"{file}.lock is held by another process since {patience:.0f} s; nothing was changed. "
             "End that process, or name another file in tracking.uri, and run it again."
         ) from error
 

@@ -1,90 +1,35 @@
-"""One run's way into MLflow: points wait in a list that checkpoints carry, and are sent after one."""
+"""One run's way into MLflow: what it tells goes into its outbox, and from there as the store takes it."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
+import shlex
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, final
 
 from cl_moe.errors import InputError
 from cl_moe.tracking import store
+from cl_moe.tracking.courier import (
+    SLOW,
+    Backoff,
+    Courier,
+    described,
+    known_run,
+    log_params,
+)
+from cl_moe.tracking.entries import Closing, Entry, File, Point, Tag, batches
+from cl_moe.tracking.interface import Status, Tracker
+from cl_moe.tracking.outbox import RUN_ID_FILE, Outbox, read_run_id
 from cl_moe.tracking.store import DEFAULT_URI, check_name, cut, must
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
 
-RUN_ID_FILE = "mlflow_run_id"
-Status = Literal["finished", "failed", "stopped"]
-Point = tuple[str, float, int, int]  # key, value, milliseconds since 1970, step
-
-_MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
-_BATCH_PARAMS = 100
-_BATCH_POINTS = 1000
-# Paul Tol's "muted" scheme: told apart with any common colour blindness
-_COLOURS = ["#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499"]
 _log = logging.getLogger(__name__)
-
-
-class Tracker(ABC):
-    """Where the numbers of one run go.
-
-    The order that makes every point stand exactly once, wherever the run is killed: ``add`` points, write the
-    checkpoint with ``state_dict()`` in it, then ``send``. A resumed run loads the state and sends again.
-    """
-
-    @abstractmethod
-    def start(self, folder: Path, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> str:
-        """Opens the run (the one whose id stands in ``folder/mlflow_run_id``, if any) and returns its id.
-
-        Args:
-            folder: the run's output folder.
-            name: the name shown in MLflow.
-            params: the flattened config; values are stored as text of at most 6,000 characters.
-            tags: what the run is found by.
-
-        Raises:
-            InputError: the store, the experiment, a name, or the run in the folder is not what it must be.
-            RunFailedError: the store does not answer.
-        """
-
-    @abstractmethod
-    def add(self, points: Mapping[str, float], step: int) -> None:
-        """Notes ``{metric key: value}`` at ``step``; an undefined value (NaN) is left out. Sends nothing."""
-
-    @abstractmethod
-    def send(self) -> None:
-        """Sends what was noted. A store that is locked or away costs a warning and keeps the points."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """The points not yet sent, as plain Python: part of every checkpoint."""
-
-    @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what ``state_dict`` gave; points noted before are dropped."""
-
-    @abstractmethod
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Stores a copy of a file with the run, in the artifact folder named.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
-
-    @abstractmethod
-    def tag(self, key: str, value: str) -> None:
-        """Sets a tag of the run."""
-
-    @abstractmethod
-    def finish(self, status: Status) -> None:
-        """Sends what is left and closes the run; one that was stopped may go on later."""
 
 
 @final
@@ -102,10 +47,10 @@ class NoTracker(Tracker):
         """Nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        """No points."""
-        return {"pending": []}
+        """Nothing to go back to."""
+        return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Nothing."""
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
@@ -132,165 +77,183 @@ class MLflowTracker(Tracker):
 
     def __init__(self, uri: str = DEFAULT_URI, experiment: str = "cl-moe") -> None:
         self.uri, self.experiment = store.absolute_uri(uri), experiment
-        self._client: MlflowClient | None = None
         self.run_id = ""
-        self._pending: list[Point] = []
-        self._waiting: list[Callable[[], object]] = []  # tags and artifacts, in order
-        self._names: set[str] = set()
+        self.backoff = Backoff()
+        self._outbox: Outbox | None = None
+        self._courier: Courier | None = None
+        self._reopening: Callable[[], None] | None = None  # waits for a store that was away at the start
+        self._noted: list[Entry] = []  # points of no checkpoint yet
+        self._unwritten: list[Entry] = []  # tags and files that a full disk did not take
         self._clock = 0
-        self._away = False
-        # Of a reopened run: {key: steps that stand in the store}. A resume that had to fall back to an older
-        # checkpoint comes again through steps that were sent, with new timestamps.
-        self._stored: dict[str, set[int]] | None = None
 
     def start(self, folder: Path, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> str:
         """Creates the run, or reopens the one of the folder; see ``Tracker.start``."""
-        for key in (*params, *tags):
-            check_name(key, "param or tag")
-        text = {key: cut(str(value)) for key, value in params.items()}
-        labels = {key: cut(value) for key, value in tags.items()} | {"status": "running"}
-        if "arm" in params:
-            labels["mlflow.runColor"] = colour(str(params["arm"]))
-        self._client = must(self.uri, lambda: store.open_store(self.uri))
-        file = folder / RUN_ID_FILE
-        if file.exists():
-            self.run_id = file.read_text().strip()
-            known = must(self.uri, self._reopen).data
-            labels = {key: value for key, value in labels.items() if key == "status" or key not in known.tags}
-            text = {key: value for key, value in text.items() if key not in known.params}
-        else:
-            self.run_id = must(self.uri, lambda: self._create(name, labels))
-            store.write(file, f"{self.run_id}\n")
-        rest = list(text.items())
-        for begin in range(0, len(rest) or 1, _BATCH_PARAMS):
-            must(self.uri, partial(self._log, dict(rest[begin : begin + _BATCH_PARAMS]), labels))
+        text, labels = described(params, tags)
+        store.load_mlflow()
+        if (folder / RUN_ID_FILE).exists():
+            self.run_id = read_run_id(folder)
+            self._outbox = Outbox(folder, self.run_id)
+            self._reopening = partial(self._reopen, text, labels)
+            self._attempt(partial(self._open, store.PAUSES), refuse=True)
+            return self.run_id
+        client = must(self.uri, lambda: store.open_store(self.uri))
+        self.run_id = must(self.uri, lambda: self._create(client, name, labels))
+        store.write(folder / RUN_ID_FILE, f"{self.run_id}\n")
+        self._outbox = Outbox(folder, self.run_id)
+        must(self.uri, lambda: log_params(client, self.run_id, text, labels))
+        self._courier = Courier(self.uri, client, self._outbox, known=False)
         return self.run_id
 
     def add(self, points: Mapping[str, float], step: int) -> None:
         """Notes points at ``step``, stamped with the time of this call."""
-        # MLflow's time axis draws points of one instant as one
-        self._clock = max(self._clock + 1, time.time_ns() // 1_000_000)
+        stamp = self._stamp()
         for key, value in points.items():
-            if key not in self._names:
-                check_name(key, "metric")
-                self._names.add(key)
+            check_name(key, "metric")
             if not math.isnan(number := float(value)):
-                self._pending.append((key, number, self._clock, step))
+                self._noted.append(Point(key, number, stamp, int(step)))
 
     def send(self) -> None:
-        """Sends points, tags and artifacts that wait, oldest first, as far as the store takes them."""
-        while self._pending:
-            batch = self._pending[:_BATCH_POINTS]
-            if not self._try(partial(self._send, batch)):
-                return
-            del self._pending[: len(batch)]
-        self._waiting = [action for action in self._waiting if not self._try(action)]
+        """Sends what the outbox holds, oldest first, as far as that does not hold up training."""
+        if self.backoff.due():
+            self._attempt(self._deliver)
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"pending": [(key, value, milliseconds, step), ...]}``."""
-        return {"pending": list(self._pending)}
+        """``bytes`` of the outbox up to this moment, the clock, the MLflow run: always of one size."""
+        self.outbox.append([*self._unwritten, *self._noted], durable=True)
+        self._unwritten, self._noted = [], []
+        return {"bytes": self.outbox.length, "clock": self._clock, "run_id": self.run_id}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the points of a checkpoint, with the timestamps they had."""
-        self._pending = [
-            (str(key), float(value), int(ms), int(step)) for key, value, ms, step in state["pending"]
-        ]
-        self._clock = max([self._clock, *(point[2] for point in self._pending)])
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Cuts the outbox to where it was at the checkpoint; without one, to nothing."""
+        self._unwritten, self._noted = [], []
+        length = 0 if state is None else int(state["bytes"])
+        kept = self.outbox.cut(length)
+        if kept < length:
+            _log.warning(
+                "%s ends at byte %d, before the checkpoint's %d: points that MLflow does not have are lost.",
+                *(self.outbox.file, kept, length),
+            )
+        self._clock = max(self._clock, 0 if state is None else int(state["clock"]))
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Copies the file now, or with a later ``send`` if the store is away."""
+        """Copies the file now, or as it is then with a later ``send`` if the store is away."""
         if not path.is_file():
             raise FileNotFoundError(path)
-        self._soon(lambda: self.client.log_artifact(self.run_id, str(path), folder))
+        home = self.outbox.folder.absolute()
+        inside = path.absolute().is_relative_to(home)
+        file = File(str(path.absolute().relative_to(home) if inside else path.absolute()), folder or "")
+        self.outbox.path(file)  # refuses what lies elsewhere
+        self._put(file)
 
     def tag(self, key: str, value: str) -> None:
         """Sets the tag now, or with a later ``send`` if the store is away."""
         check_name(key, "tag")
-        self._soon(lambda: self.client.set_tag(self.run_id, key, cut(value)))
+        text = value.replace("\0", "").encode(errors="replace").decode()  # of an error about odd bytes, say
+        self._put(Tag(key, cut(text)))
 
     def finish(self, status: Status) -> None:
-        """Closes the run; what the store does not take then is named in a warning."""
-        self._waiting.append(lambda: self.client.set_tag(self.run_id, "status", status))
-        self._waiting.append(lambda: self.client.set_terminated(self.run_id, _MLFLOW_STATUS[status]))
-        self.send()
-        if self._pending or self._waiting:
+        """Closes the run; what the store does not take stays in the outbox and is named in a warning."""
+        entries = [*self._unwritten, *self._noted, Closing(status, self._stamp())]
+        try:
+            self.outbox.append(entries, durable=True)
+            entries = []
+        except OSError as error:
+            _log.warning("%s does not take the end of the run: %s", self.outbox.file, store.first_line(error))
+        self._unwritten, self._noted = [], []
+        trouble = self._attempt(partial(self._deliver, last=entries, in_earnest=True), warn=False)
+        if trouble is not None:
             _log.warning(
-                "MLflow run %s was not closed: %d points and %d tags or files did not reach %s. "
-                "The points are in the last checkpoint, the files in the run's folder; resume to send them.",
-                *(self.run_id, len(self._pending), len(self._waiting), self.uri),
+                "MLflow run %s was not closed: %s did not reach %s (%s). They are kept in %s: "
+                "`cl-moe-compare --sync %s` delivers them, and so does a resume.",
+                *(self.run_id, _waiting(self.outbox), self.uri, store.first_line(trouble)),
+                *(self.outbox.file, shlex.quote(str(self.outbox.folder))),
             )
+
+    def _stamp(self) -> int:
+        # MLflow's time axis draws points of one instant as one
+        self._clock = max(self._clock + 1, time.time_ns() // 1_000_000)
+        return self._clock
 
     @property
     def client(self) -> MlflowClient:
         """The open client; ``start`` comes first."""
-        if self._client is None:
+        if self._courier is None:
+            raise RuntimeError("the tracker was not started, or its store has not answered yet")
+        return self._courier.client
+
+    @property
+    def outbox(self) -> Outbox:
+        """The outbox of the run's folder; ``start`` comes first."""
+        if self._outbox is None:
             raise RuntimeError("the tracker was not started")
-        return self._client
+        return self._outbox
 
-    def _create(self, name: str, tags: dict[str, str]) -> str:
-        experiment = store.experiment_id(self.client, self.experiment)
-        return str(self.client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+    def _create(self, client: MlflowClient, name: str, tags: dict[str, str]) -> str:
+        experiment = store.experiment_id(client, self.experiment)
+        return str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
 
-    def _reopen(self) -> Run:
-        run = store.lookup(self.client, self.run_id)
-        if run is None:
-            raise InputError(
-                got=f"the run {self.run_id!r} of this folder's {RUN_ID_FILE}, which {self.uri} does not have",
-                allowed=f"the store in which the run began; without {RUN_ID_FILE} a new MLflow run begins",
-                key="tracking.uri",
-            )
-        self.client.update_run(self.run_id, status="RUNNING")
-        self._stored = {}
-        return run
+    def _reopen(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        """Marks the run as running, and sets what it lacks; each may be done twice."""
+        client, run = known_run(self.uri, self.run_id, key="tracking.uri")
+        client.update_run(self.run_id, status="RUNNING")
+        labels = {key: value for key, value in tags.items() if key == "status" or key not in run.data.tags}
+        rest = {key: value for key, value in params.items() if key not in run.data.params}
+        log_params(client, self.run_id, rest, labels)
+        self._courier = Courier(self.uri, client, self.outbox, known=True)
 
-    def _log(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
-        from mlflow.entities import Param, RunTag
-
-        self.client.log_batch(
-            self.run_id,
-            params=[Param(key, value) for key, value in params.items()],
-            tags=[RunTag(key, value) for key, value in tags.items()],
-        )
-
-    def _send(self, batch: Sequence[Point]) -> None:
-        from mlflow.entities import Metric
-
-        points = [Metric(*point) for point in batch if not self._stands(point)]
-        if points:
-            self.client.log_batch(self.run_id, metrics=points)
-
-    def _stands(self, point: Point) -> bool:
-        if self._stored is None:
-            return False
-        key = point[0]
-        if key not in self._stored:
-            self._stored[key] = {metric.step for metric in self.client.get_metric_history(self.run_id, key)}
-        return point[3] in self._stored[key]
-
-    def _soon(self, action: Callable[[], object]) -> None:
-        if self._waiting or not self._try(action):  # never before an older one: it may be the same tag
-            self._waiting.append(action)
-
-    def _try(self, action: Callable[[], object]) -> bool:
-        """Whether it worked; an outage is one warning, and its later failures are not waited for."""
+    def _put(self, entry: Entry) -> None:
         try:
-            store.retry(action, () if self._away else store.PAUSES)
-        except store.store_errors() as error:
-            if not self._away:
+            self.outbox.append([*self._unwritten, entry])
+            self._unwritten = []
+        except OSError:  # it goes with the next checkpoint, which fails aloud, or with the end
+            self._unwritten.append(entry)
+        self.send()
+
+    def _attempt(
+        self, action: Callable[[], None], *, warn: bool = True, refuse: bool = False
+    ) -> Exception | None:
+        """What went wrong, if anything did; the first failure of an outage is a warning."""
+        began = self.backoff.clock()
+        try:
+            action()
+        except Exception as error:  # whatever ails a store, training goes on
+            if refuse and isinstance(error, InputError):
+                raise
+            if warn and not self.backoff.failures:
                 _log.warning(
-                    "The MLflow store %s does not take numbers now (%s). The run goes on and keeps them.",
-                    *(self.uri, store.first_line(error)),
+                    "The MLflow store %s takes no numbers now (%s). The run goes on and keeps them in %s.",
+                    *(self.uri, store.first_line(error), self.outbox.file),
                 )
-            self._away = True
-            return False
-        self._away = False
-        return True
+            self.backoff.failed(self.backoff.clock() - began)
+            return error
+        self.backoff.worked(self.backoff.clock() - began)
+        return None
+
+    def _deliver(self, last: Sequence[Entry] = (), *, in_earnest: bool = False) -> None:
+        """Delivers the outbox, then ``last``; not in earnest, a store that was away is tried once only."""
+        began = self.backoff.clock()
+        pauses = () if self.backoff.failures and not in_earnest else store.PAUSES
+        self._open(pauses)
+        for batch in self.outbox.waiting():
+            store.retry(partial(self._send, batch.entries), pauses)
+            self.outbox.note_sent(batch.end)
+            if not in_earnest and self.backoff.clock() - began > SLOW:
+                return
+        for batch in batches((entry, 0) for entry in last):
+            store.retry(partial(self._send, batch.entries), pauses)
+
+    def _open(self, pauses: Sequence[float]) -> None:
+        if self._reopening is not None:
+            store.retry(self._reopening, pauses)
+            self._reopening = None
+
+    def _send(self, entries: Sequence[Entry]) -> None:
+        assert self._courier is not None
+        self._courier.deliver(entries)
 
 
-def colour(arm: str) -> str:
-    """The colour of an arm in MLflow's charts: the same in every run and on every machine.
-
-    >>> colour("naive") == colour("naive")
-    True
-    """
-    return _COLOURS[int.from_bytes(hashlib.sha256(arm.encode()).digest()[:4]) % len(_COLOURS)]
+def _waiting(outbox: Outbox) -> str:
+    try:
+        return str(outbox.check())
+    except (InputError, OSError) as error:
+        return f"what {outbox.file} holds ({store.first_line(error)})"

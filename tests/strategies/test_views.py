@@ -59,7 +59,7 @@ def test_evaluation_is_untouched(new_stream, strategy: Strategy, scenario: str) 
 
 
 def test_one_view_at_most(new_stream) -> None:
-    from cl_moe.run import training_view
+    from cl_moe.preflight import training_view
 
     stream = new_stream()
     with pytest.raises(InputError) as caught:

@@ -1,20 +1,18 @@
 """The tracker: every point exactly once wherever the run is killed, and training never waits for it."""
 
 import inspect
-import logging
 import math
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 
-from cl_moe.errors import InputError, RunFailedError
-from cl_moe.tracking import store
-from cl_moe.tracking.tracker import RUN_ID_FILE, MLflowTracker, NoTracker, Tracker, colour
+from cl_moe.errors import InputError
+from cl_moe.tracking.courier import colour
+from cl_moe.tracking.outbox import RUN_ID_FILE
+from cl_moe.tracking.tracker import MLflowTracker, NoTracker, Tracker
 
 
 def _begin(uri: str, folder: Path, **params: object) -> MLflowTracker:
@@ -43,8 +41,9 @@ def test_points_keep_key_step_value(uri: str, tmp_path: Path) -> None:
     for step in range(1200):
         tracker.add({"train/loss": step / 7, "cost/seconds": float(step)}, step)
     tracker.add({"train/loss": math.nan, "train/tensor": torch.tensor(0.5)}, 1200)  # type: ignore[dict-item]
+    state = tracker.state_dict()
     tracker.send()
-    assert tracker.state_dict() == {"pending": []}
+    assert tracker.state_dict() == state
     assert _history(tracker, "train/loss") == [(step, step / 7) for step in range(1200)]
     assert _history(tracker, "train/tensor") == [(1200, 0.5)]
     stamps = [m.timestamp for m in tracker.client.get_metric_history(tracker.run_id, "train/loss")]
@@ -111,6 +110,7 @@ def test_exactly_once_after_falling_back_to_an_older_checkpoint(uri: str, tmp_pa
     resumed.load_state_dict(old)
     resumed.add({"stream/forgetting": 0.2, "stream/new": 1.0}, 2)
     resumed.add({"stream/forgetting": 0.3}, 3)
+    resumed.state_dict()
     resumed.send()
     assert _history(resumed, "stream/forgetting") == [(1, 0.1), (2, 0.2), (3, 0.3)]
     assert _history(resumed, "stream/new") == [(2, 1.0)]
@@ -178,58 +178,8 @@ def test_artifact(uri: str, tmp_path: Path) -> None:
     ).read_text() == "a,b"
     with pytest.raises(FileNotFoundError):
         tracker.artifact(tmp_path / "missing.csv")
-
-
-def _break(client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    def away(*args: object, **kwargs: object) -> None:
-        raise MlflowException("database is locked")
-
-    for name in ("log_batch", "log_artifact", "set_tag", "set_terminated"):
-        monkeypatch.setattr(client, name, away)
-    return monkeypatch.undo
-
-
-def test_training_goes_on_without_the_store(
-    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracker = _begin(uri, tmp_path)
-    (tmp_path / "table.csv").write_text("a,b")
-    monkeypatch.setattr(store, "PAUSES", (0.0, 0.0))
-    mend = _break(tracker.client, monkeypatch)
-    with caplog.at_level(logging.WARNING):
-        for step in range(3):
-            tracker.add({"train/loss": float(step)}, step)
-            tracker.send()
-        tracker.tag("note", "old")
-        tracker.tag("note", "new")
-        tracker.artifact(tmp_path / "table.csv")
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert len(tracker.state_dict()["pending"]) == 3
-    mend()
-    tracker.finish("finished")
-    assert _history(tracker, "train/loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
-    assert tracker.client.get_run(tracker.run_id).data.tags["note"] == "new"
-    assert tracker.client.list_artifacts(tracker.run_id)[0].path == "table.csv"
-
-
-def test_finish_says_what_did_not_arrive(
-    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracker = _begin(uri, tmp_path)
-    monkeypatch.setattr(store, "PAUSES", ())
-    _break(tracker.client, monkeypatch)
-    tracker.add({"train/loss": 1.0}, 0)
-    with caplog.at_level(logging.WARNING):
-        tracker.finish("finished")
-    assert "1 points" in caplog.text
-    assert "resume" in caplog.text
-
-
-def test_a_store_that_does_not_answer_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(store, "PAUSES", (0.0,))
-    with pytest.raises(RunFailedError, match="tracking=none"):
-        _begin("http://127.0.0.1:9", tmp_path)
+    with pytest.raises(InputError, match="inside the run's folder"):
+        tracker.artifact(Path(__file__))
 
 
 def test_bad_uri_at_construction() -> None:
@@ -246,8 +196,9 @@ def test_no_tracker_leaves_nothing(tmp_path: Path) -> None:
     tracker: Tracker = NoTracker()
     assert tracker.start(tmp_path, "x", {"arm": 1}, {}) == ""
     tracker.add({"a": 1.0}, 0)
-    assert tracker.state_dict() == {"pending": []}
-    tracker.load_state_dict({"pending": [("a", 1.0, 0, 0)]})
+    assert tracker.state_dict() == {}
+    tracker.load_state_dict({})
+    tracker.load_state_dict(None)
     tracker.send()
     tracker.tag("a", "b")
     tracker.artifact(tmp_path / "missing")
@@ -255,10 +206,21 @@ def test_no_tracker_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_colours_are_stable_and_apart() -> None:
-    assert colour("naive") == colour("naive")
-    assert colour("naive").startswith("#")
-    assert len({colour(f"arm {i}") for i in range(100)}) == 9
+def test_time_goes_on_where_the_checkpoint_was(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = _begin(uri, tmp_path)
+    tracker.add({"train/loss": 1.0}, 0)
+    state = tracker.state_dict()
+    tracker.send()
+    monkeypatch.setattr(time, "time_ns", lambda: 10**15)  # the machine's clock went back
+    resumed = _begin(uri, tmp_path)
+    resumed.load_state_dict(state)
+    resumed.add({"train/loss": 0.5}, 1)
+    resumed.finish("finished")
+    history = resumed.client.get_metric_history(resumed.run_id, "train/loss")
+    first, second = sorted(history, key=lambda metric: metric.step)
+    assert first.timestamp < second.timestamp
 
 
 @pytest.mark.parametrize(("name", "of"), [("mlflow", MLflowTracker), ("none", NoTracker)])

@@ -1,0 +1,82 @@
+"""What is refused before any training: settings that a run would fail by, or be worthless by, hours later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from cl_moe.cost import CostMeter
+from cl_moe.errors import InputError
+from cl_moe.growth import Census, FreezePolicy, GrowthSchedule
+from cl_moe.layers.routing import ExpertLoad
+from cl_moe.learner import Learner
+from cl_moe.strategies import Strategy
+from cl_moe.stream import Stream
+from cl_moe.tracking import names
+from cl_moe.tracking.record import Record
+
+
+def training_view(stream: Stream, strategies: Mapping[str, Strategy]) -> Stream:
+    """The stream as the strategies let training see it; at most one of them may change it."""
+    changing = [name for name, s in strategies.items() if type(s).view is not Strategy.view]
+    if len(changing) > 1:
+        raise InputError(
+            got=f"strategy=[{','.join(strategies)}]",
+            allowed=f"one of {', '.join(changing)}: each decides which data is trained on",
+            key="strategy",
+        )
+    return strategies[changing[0]].view(stream) if changing else stream
+
+
+def check_objective(objective: str, stream: Stream, learner: Learner) -> None:
+    """Refuse an objective that the end of a run on this stream will not define."""
+    num, blocks = len(stream), learner.model.expert_layers.items()
+    sizes = {block: sum(layer.cohort_sizes) for block, layer in blocks}
+    loads = {
+        block: [ExpertLoad(torch.ones(size).double(), torch.ones(size).long(), torch.tensor(size))] * num
+        for block, size in sizes.items()
+    }
+    ended = Record(
+        stream.kind,
+        [experience.name for experience in stream],
+        rows=[torch.zeros(num, dtype=torch.float64)] * (num + 1),
+        loads=[loads] * (num + 1),
+        cohorts=[{block: [(size, 0, False)] for block, size in sizes.items()}] * (num + 1),
+    )
+    names.objective(ended, objective, {**CostMeter().points(learner), "cost/tokens_per_second": 1.0})
+
+
+def check_learning(stream: Stream, training: Stream, growth: GrowthSchedule, freeze: FreezePolicy) -> None:
+    """Refuse a policy that leaves nothing to learn where nothing is ever born.
+
+    Args:
+        stream: as evaluated.
+        training: as trained on.
+        growth: when experts are born.
+        freeze: what stops learning.
+    """
+    if growth.sizes and len(stream) > 1 and not any(len(e.train) for e in training[1:]):
+        raise InputError(
+            got="growth beside a strategy that trains before it only",
+            allowed="growth=never beside joint training",
+            key="growth (or strategy)",
+        )
+    seen: set[int] = {label for group in stream.classes_at_start for label in group}
+    for experience in training:
+        newborns = growth.newborns(Census(experience.index, {}))
+        stop = freeze.decide(Census(experience.index, {}), newborns)
+        born = newborns or {*experience.classes} - seen
+        if stop.everything and not born and len(experience.train):
+            raise InputError(
+                got=f"nothing left to learn in experience {experience.index}",
+                allowed="growth, or new classes in every experience, beside freeze=all_past",
+                key="freeze (or growth)",
+            )
+        seen.update(experience.classes)
+
+
+def fingerprint(stream: Stream, learner: Learner) -> dict[str, object]:
+    """What a checkpoint must share with a fresh run that is to load it: plain Python."""
+    shapes = {name: list(value.shape) for name, value in learner.model.state_dict().items()}
+    return {"stream": [stream.name, *(experience.name for experience in stream)], "model": shapes}

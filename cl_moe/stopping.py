@@ -1,0 +1,74 @@
+"""A request to stop, SIGTERM or Ctrl-C: noted at once, obeyed where the state can be saved.
+
+Signals belong to the process, so the note does too. While a run is ``deferring``, the first request is only
+noted, and the run calls ``obey`` where it can stop in order: after an optimizer step, in an evaluation.
+A second Ctrl-C does not wait.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cl_moe.errors import StopRequestedError
+
+_noted: signal.Signals | None = None
+_deferring = False
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Catch SIGTERM and SIGINT, and give them back at the end; in a main thread, as others may not."""
+    global _noted
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _noted = None
+    before = {number: signal.signal(number, _hear) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _noted = None
+
+
+@contextmanager
+def deferring() -> Iterator[None]:
+    """Leave the moment to the block, which calls ``obey``."""
+    global _deferring
+    _deferring = True
+    try:
+        yield
+    finally:
+        _deferring = False
+
+
+def asked() -> bool:
+    """Whether somebody asked."""
+    return _noted is not None
+
+
+def obey() -> None:
+    """Stop here, if it was asked for.
+
+    Raises:
+        StopRequestedError: it was.
+    """
+    if _noted is not None:
+        raise StopRequestedError(keyboard=_noted == signal.SIGINT)
+
+
+def _hear(number: int, _: object) -> None:
+    global _noted
+    again, _noted = _noted is not None, signal.Signals(number)
+    if number == signal.SIGINT and (again or not _deferring):
+        raise KeyboardInterrupt
+    if again:
+        return  # a scheduler that repeats itself; what it asked for is on its way
+    if not _deferring:
+        raise StopRequestedError
+    print("stopping: the state is being saved (Ctrl-C: at once, without it)", file=sys.stderr)

@@ -1,0 +1,190 @@
+"""Not a test by itself: one run killed at random moments and resumed each time, held against one left alone.
+
+``make chaos SEED=1`` plays it with 20 kills, ``test_chaos.py`` with five; ``test_resume.py`` borrows parts.
+The run has six experiences, growth, freezing, replay and distillation. Half of the signals are SIGKILL, half
+SIGTERM; they come at random times, so they meet whatever the program is doing: composing its configuration,
+opening the store, training, saving, evaluating, sending, drawing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RUN = (
+    *("hydra.run.dir=out", "stream=permuted_digits", "stream.num_experiences=6", "trainer.batch_size=64"),
+    *("layer=moe", "layer.hidden=16", "layer.num_experts=4", "growth=every_experience"),
+    *("growth.num_experts=4", "freeze=past_experts", "strategy=[replay,lwf]", "trainer.log_every=4"),
+    *("strategy.replay.memory_size=100", "optimizer=adamw", "optimizer.state=carry"),
+    *("trainer.epochs=3", "checkpoint.every_steps=5"),
+)
+DRIVER = Path(__file__).with_name("killed.py")
+WALL_CLOCK = {"cost/seconds", "cost/tokens_per_second"}
+PATIENCE = 300  # seconds that a process may take on a machine with other work
+
+
+def forkserver() -> ForkServerContext:
+    """Forks runs from a process that has imported everything once, which takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cl_moe.launch", "cl_moe.experiment", "mlflow", "datasets", "sklearn"])
+    return context
+
+
+def start(
+    context: ForkServerContext,
+    folder: Path,
+    words: Sequence[str],
+    place: str = "never",
+    count: int = 0,
+    number: int = signal.SIGKILL,
+) -> BaseProcess:
+    """cl-moe in a process of its own, working in ``folder``; ``killed.py`` says what the rest is."""
+    given = {
+        "FOLDER": str(folder),
+        "ARGUMENTS": list(words),
+        "PLACE": place,
+        "COUNT": count,
+        "SIGNAL": number,
+    }
+    process = context.Process(target=runpy.run_path, args=(str(DRIVER), given))
+    process.start()
+    return process
+
+
+def through(context: ForkServerContext, folder: Path) -> float:
+    """Run to the end; returns the seconds it took."""
+    began = time.monotonic()
+    process = start(context, folder, words(folder))
+    process.join(PATIENCE)
+    if process.exitcode != 0:
+        raise AssertionError(f"exit status {process.exitcode}\n{(folder / 'log.txt').read_text()}")
+    return time.monotonic() - began
+
+
+def disturbed(context: ForkServerContext, folder: Path, seconds: float, seed: int, kills: int) -> list[str]:
+    """The run, hit ``kills`` times and resumed each time, in the end left alone; returns what hit it when."""
+    draw, said = random.Random(seed), []
+    for _ in range(kills):
+        number, wait = draw.choice([signal.SIGKILL, signal.SIGTERM]), draw.uniform(0, seconds / 4)
+        process = start(context, folder, words(folder))
+        process.join(wait)
+        if process.exitcode is None:
+            assert process.pid is not None
+            os.kill(process.pid, number)
+        process.join(PATIENCE)
+        said.append(f"{number.name} after {wait:.2f} s: exit status {process.exitcode}, {newest(folder)}")
+        if process.exitcode not in (0, 75, -number):
+            raise AssertionError("\n".join([*said, (folder / "log.txt").read_text()]))
+    through(context, folder)
+    return said
+
+
+def words(folder: Path) -> Sequence[str]:
+    """What starts the run, or lets it go on."""
+    return ("resume=out",) if (folder / "out/command.yaml").exists() else RUN
+
+
+def newest(folder: Path) -> str:
+    """The newest checkpoint's moment, for the eye."""
+    names = sorted(path.name.split("-")[0] for path in folder.glob("out/checkpoints/boundary_*.pt"))
+    return f"kept {names[-1]}" if names else "nothing kept"
+
+
+def facts(folder: Path) -> dict[str, object]:
+    """All that must not depend on how often a run was stopped."""
+    from cl_moe import checkpoint
+    from cl_moe.tracking import artifacts
+
+    state = checkpoint.newest(folder / "out/checkpoints")
+    assert state is not None
+    state["cost"].pop("seconds")
+    state["tracker"] = None  # timestamps
+    files = {name: (folder / "out" / name).read_bytes() for name in (artifacts.MATRIX, artifacts.LEDGER)}
+    return {"files": files, "state": state, "points": points(folder)}
+
+
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every point of the one run that there is, as often as it stands in the store."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    if (run.info.status, run.data.tags["status"]) != ("FINISHED", "finished"):
+        raise AssertionError(f"the run in MLflow is {run.info.status}, {run.data.tags['status']}")
+    history = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+    return {
+        key: sorted((m.step, 0.0 if key in WALL_CLOCK else m.value) for m in found)
+        for key, found in history.items()
+    }
+
+
+def differences(one: object, two: object, place: str = "") -> list[str]:
+    """Places in which two nests of plain Python and tensors are not the same, bit by bit."""
+    if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
+        return [] if torch.equal(one, two) else [place]
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        if one.keys() != two.keys():
+            return [f"{place}: keys {sorted(map(str, one.keys() ^ two.keys()))}"]
+        return [d for key in one for d in differences(one[key], two[key], f"{place}/{key}")]
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple) and len(one) == len(two):
+        pairs = enumerate(zip(one, two, strict=True))
+        return [d for index, pair in pairs for d in differences(*pair, f"{place}/{index}")]
+    return [] if type(one) is type(two) and one == two else [f"{place}: {one!r:.80} and {two!r:.80}"]
+
+
+def play(folder: Path, seed: int, kills: int, store: Path | None = None) -> list[str]:
+    """Reference and disturbed run in two folders; returns what hit the second, and refuses a difference.
+
+    Args:
+        folder: empty.
+        seed: of moments and signals.
+        kills: how many.
+        store: an empty MLflow store to copy; without one each run makes its own, which takes seconds.
+    """
+    context, places = forkserver(), [folder / "alone", folder / "disturbed"]
+    for place in places:
+        place.mkdir()
+        if store is not None:
+            shutil.copy(store, place / "mlflow.db")
+    seconds = through(context, places[0])
+    said = disturbed(context, places[1], seconds, seed, kills)
+    if found := differences(facts(places[0]), facts(places[1])):
+        raise AssertionError("\n".join([*said, "differ in:", *found[:20]]))
+    return said
+
+
+def main(arguments: Any = None) -> None:
+    """The command behind ``make chaos``."""
+    parser = argparse.ArgumentParser(description="one run killed at random moments, against one left alone")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=20)
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for line in play(Path(folder), chosen.seed, chosen.kills):
+                print(line)
+        except AssertionError as error:
+            sys.exit(f"chaos with SEED={chosen.seed}: {error}")
+    print(
+        f"SEED={chosen.seed}: {chosen.kills} signals, and the same matrix, weights, ledger, points in MLflow"
+    )
+
+
+if __name__ == "__main__":
+    main()

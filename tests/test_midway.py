@@ -1,0 +1,128 @@
+"""A run that goes on from any moment inside an experience ends with the bits of one never stopped."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig
+
+import conf
+from cl_moe import checkpoint, launch
+from cl_moe.checkpoint import Moment
+from cl_moe.experiment import run_experiment
+from cl_moe.tracking import artifacts, figures
+
+SMALL = (
+    *("tracking=none", "stream.tune_on_first=2", "trainer.epochs=2", "trainer.batch_size=64"),
+    *("trainer.eval_batch_size=512", "model.width=16", "checkpoint.every_steps=1"),
+)
+GROW = ("growth=every_experience", "growth.num_experts=4", "freeze=past_experts")
+MOE = ("layer=moe", "layer.hidden=8", "layer.num_experts=4", *GROW)
+PEER = ("layer=peer", "layer.num_experts=16", "layer.k=2", "layer.heads=2", "growth.num_experts=16")
+differences = runpy.run_path(str(Path(__file__).with_name("chaos.py")))["differences"]
+Run = Callable[[Path, Sequence[str]], None]
+STRATEGIES = sorted(path.stem for path in Path(conf.__path__[0], "strategy").glob("*.yaml"))
+ARMS: dict[str, tuple[str, ...]] = {
+    **{f"strategy {name}": (*MOE, f"strategy={name}") for name in STRATEGIES if name != "joint"},
+    "strategy joint": ("layer=moe", "layer.hidden=8", "strategy=joint"),  # trains before any growth
+    "strategies together": (*MOE, "strategy=[replay,lwf]", "optimizer=adamw", "optimizer.state=carry"),
+    "layer dense": ("strategy=replay", "optimizer.momentum=0.9"),
+    "layer moe switch": (*MOE, "router=switch", "optimizer=adamw"),
+    "layer peer": (*GROW, *PEER, "optimizer=adamw", "optimizer.state=carry"),
+    "accumulating": (*MOE, "trainer.accumulate=2", "trainer.gradient_clip=1"),
+    "one batch": (*MOE, "trainer.batch_size=1000", "trainer.epochs=3"),
+    "text": (
+        *("stream=text_domains", "stream.train_bytes=6000", "stream.test_bytes=2000", "stream.context=32"),
+        *("model=decoder", "model.width=16", "trainer.batch_size=32", "strategy=replay"),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+
+
+@pytest.fixture(scope="module")
+def run_in(composed: Callable[..., DictConfig]) -> Run:
+    def run(folder: Path, words: Sequence[str]) -> None:
+        run_experiment(launch.build(composed(*SMALL, *words, f"output_dir={folder}")))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    run_in: Run, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, list[Path]]]:
+    """Of an arm: the folder in which it ran through, and a copy of every checkpoint it wrote on the way."""
+
+    @cache
+    def ran(arm: str) -> tuple[Path, list[Path]]:
+        folder, copies = tmp_path_factory.mktemp("through"), []
+        original = checkpoint.Checkpoints.save
+
+        def copying(self: Any, saved_in: Path, moment: Moment, state: Any, best: int) -> Path:
+            written = original(self, saved_in, moment, state, best)
+            copies.append(Path(shutil.copy(written, tmp_path_factory.mktemp("copy"))))
+            return written
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint.Checkpoints, "save", copying)
+            run_in(folder, ARMS[arm])
+        return folder, copies
+
+    return ran
+
+
+def final(folder: Path) -> dict[str, Any]:
+    """Everything at the end that is no time of the day."""
+    state = checkpoint.newest(folder / "checkpoints")
+    assert state is not None
+    del state["cost"]["seconds"]
+    return state
+
+
+def goes_on(run_in: Run, copy: Path, through: Path, folder: Path, words: Sequence[str]) -> None:
+    (folder / "checkpoints").mkdir(parents=True)
+    shutil.copy(copy, folder / "checkpoints")
+    run_in(folder, words)
+    assert differences(final(folder), final(through)) == [], copy.name
+    for name in (artifacts.MATRIX, artifacts.LEDGER):
+        assert (folder / name).read_bytes() == (through / name).read_bytes()
+
+
+def chosen(copies: list[Path]) -> list[Path]:
+    """The first batch of the second experience, the last one of its first epoch, and its last but one."""
+    inside = [copy for copy in copies if copy.name.startswith("boundary_001_batch")]
+    inside = inside or [copy for copy in copies if "_batch_" in copy.name]
+    return [inside[0], inside[len(inside) // 2], inside[-1]]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_interrupted_equals_uninterrupted(arm, run_in, undisturbed, tmp_path):
+    through, copies = undisturbed(arm)
+    for copy in dict.fromkeys(chosen(copies)):
+        goes_on(run_in, copy, through, tmp_path / copy.stem, ARMS[arm])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["strategies together", "accumulating", "layer peer", "one batch"])
+def test_every_moment_of_a_run(arm, run_in, undisturbed, tmp_path):
+    through, copies = undisturbed(arm)
+    for copy in copies:
+        goes_on(run_in, copy, through, tmp_path / copy.stem, ARMS[arm])
+
+
+def test_saving_inside_changes_nothing(run_in, undisturbed, tmp_path):
+    through, copies = undisturbed("strategies together")
+    assert any("_batch_" in copy.name for copy in copies)
+    run_in(tmp_path, (*ARMS["strategies together"], "checkpoint.every_steps=null"))
+    assert not list((tmp_path / "checkpoints").glob("*_batch_*"))
+    assert differences(final(tmp_path), final(through)) == []
