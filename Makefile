@@ -4,7 +4,7 @@ VENV    = .venv
 STAMP   = $(VENV)/.installed
 PY      = $(VENV)/bin/python
 WORKERS = 2
-EXTRAS  = dev
+EXTRAS  = dev,transformers
 SEED    = 0
 PYTEST  = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
 

@@ -1,4 +1,4 @@
-"""What stands for other arguments on the command line: ``resume``, ``branch`` and ``auto_resume``.
+"""What stands for other arguments on the command line: ``resume``, ``branch``, ``distill``, ``auto_resume``.
 
 They are written out before Hydra composes anything, since they decide which arguments and which folder a
 command has. Nothing heavy is imported here.
@@ -24,6 +24,8 @@ SWEEP = "multirun.yaml"
 BESIDE_RESUME = ("resume", "auto_resume", "checkpoint")
 """Keys that say how a run survives, not what it is: they may change when it goes on."""
 _NEVER_INHERITED = ("resume", "auto_resume", "output_dir", "hydra", "branch")
+_STUDENT = {"layer": "dense", "growth": "never", "freeze": "never", "strategy": "distill_from"}
+"""What a student has instead of its teacher's, unless it is given."""
 _SAME_ARM = (*_NEVER_INHERITED, "checkpoint", "tracking", "seed", "mlflow_experiment")
 _FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
 
@@ -35,25 +37,35 @@ def rewritten(arguments: list[str]) -> list[str]:
         InputError: no such run to resume or to branch from, or an argument that cannot stand beside that.
     """
     resumed, branch = _value(arguments, "resume"), _value(arguments, "branch")
+    teacher = _value(arguments, "distill")
     if resumed is not None and branch is not None:
         raise InputError(
             got=f"branch={branch} beside resume={resumed}",
             allowed="branch to begin a child run; resume with the child's own folder to go on with it",
             key="branch (or resume)",
         )
+    if branch is not None and teacher is not None:
+        raise InputError(
+            got=f"branch={branch} beside distill={teacher}",
+            allowed="a student that begins anew, or a child that goes on",
+            key="distill (or branch)",
+        )
     if resumed is not None:
         return _resumed(arguments, resumed)
     if str(_value(arguments, "auto_resume")).lower() == "true":
         arguments = _with_lasting_folder(arguments)
+    if teacher is not None:
+        return _distilled(arguments, teacher)
     return arguments if branch is None else _branched(arguments, branch)
 
 
-def branch_point(text: str, *uri: str) -> tuple[Path, int]:
+def branch_point(text: str, *uri: str, key: str = "branch") -> tuple[Path, int]:
     """Folder and boundary that ``<run id or run folder>@<experience>`` names.
 
     Args:
-        text: the value of ``branch``.
+        text: the value of ``branch``, or of another key.
         uri: of the MLflow store in which a run id is looked up; without it the default one.
+        key: that other key.
 
     Raises:
         InputError: it is not written like that, or there is no such run.
@@ -61,11 +73,11 @@ def branch_point(text: str, *uri: str) -> tuple[Path, int]:
     name, at, number = text.rpartition("@")
     if not name or not at or not re.fullmatch("[0-9]+", number):
         raise InputError(
-            got=f"branch={text}",
-            allowed="<run id or run folder>@<whole number>: so many experiences the child shares",
-            key="branch",
+            got=f"{key}={text}",
+            allowed="<run id or run folder>@<whole number>: so many experiences of that run",
+            key=key,
         )
-    return _folder(name, f"branch={text}", "branch", *uri), int(number)
+    return _folder(name, f"{key}={text}", key, *uri), int(number)
 
 
 def quoted(text: str) -> str:
@@ -140,22 +152,50 @@ def _known_and_given(arguments: list[str], flags: list[str], stored: Iterable[st
 def _branched(arguments: list[str], text: str) -> list[str]:
     """The parent's arguments with the given ones on top: what is chosen anew goes with all below it."""
     folder, boundary = branch_point(text, *_uri(arguments))
+    flags, inherited, given = _inherited(arguments, folder, "branch", ())
+    if not all(_is_under(_key(word), _SAME_ARM) for word in given):
+        inherited = _without(inherited, "arm")
+    return [*flags, *inherited, *given, f"branch={quoted(f'{folder}@{boundary}')}"]
+
+
+def _distilled(arguments: list[str], text: str) -> list[str]:
+    """The teacher's arguments without what made it grow, and the student's on top."""
+    name, _, number = text.rpartition("@") if re.search("@[0-9]+$", text) else (text, "", "")
+    folder = _folder(name, f"distill={text}", "distill", *_uri(arguments))
+    own = (*_STUDENT, "router", "arm", "checkpoint")
+    flags, inherited, given = _inherited(arguments, folder, "distill", own)
+    keys = {_key(word) for word in given}
+    student = [f"{key}={value}" for key, value in _STUDENT.items() if key not in keys]
+    boundary = int(number) if number else _newest_boundary(folder)
+    return [*flags, *inherited, *student, *given, f"distill={quoted(f'{folder}@{boundary}')}"]
+
+
+def _inherited(
+    arguments: list[str], folder: Path, key: str, own: Iterable[str]
+) -> tuple[list[str], list[str], list[str]]:
+    """Flags, arguments taken over from an earlier run, arguments given; ``own`` is never taken over."""
     if not (folder / COMMAND).is_file():
         raise InputError(
-            got=f"branch={text}, the folder of a sweep", allowed="the folder of one of its jobs", key="branch"
+            got=f"{key}={folder}, the folder of a sweep", allowed="the folder of one of its jobs", key=key
         )
     command, flags = _load(folder / COMMAND), _flags(arguments)
-    given = _without([word for word in arguments if word not in flags], "branch")
-    keys = [_key(word) for word in given]
-    inherited = [
-        word
-        for word in map(str, command["overrides"])
-        if not _is_under(_key(word), (*keys, *_NEVER_INHERITED))
-    ]
-    if not all(_is_under(key, _SAME_ARM) for key in keys):
-        inherited = _without(inherited, "arm")
-    flags = _with_config_dir(flags, command["config_dir"])
-    return [*flags, *inherited, *given, f"branch={quoted(f'{folder}@{boundary}')}"]
+    given = _without([word for word in arguments if word not in flags], key)
+    refused = (*map(_key, given), *_NEVER_INHERITED, *own, key)
+    inherited = [word for word in map(str, command["overrides"]) if not _is_under(_key(word), refused)]
+    return _with_config_dir(flags, command["config_dir"]), inherited, given
+
+
+def _newest_boundary(folder: Path) -> int:
+    """The last boundary that a run has saved."""
+    names = [path.name for path in (folder / "checkpoints").glob("boundary_*.pt")]
+    found = [int(match[1]) for name in names if (match := re.fullmatch(r"boundary_([0-9]+)-.*\.pt", name))]
+    if not found:
+        raise InputError(
+            got=f"distill={folder}, a run that has saved nothing",
+            allowed="a run with checkpoints",
+            key="distill",
+        )
+    return max(found)
 
 
 def _with_lasting_folder(arguments: list[str]) -> list[str]:

@@ -33,7 +33,7 @@ def parent_of(config: DictConfig, folder: Path) -> Branch | None:
         name, _, number = config.branch.rpartition("@")
         return Branch(Path(name).absolute(), int(number))
     branch = Branch(*branch_point(config.branch, *([uri] if uri else [])))
-    _check_boundary(branch)
+    check_boundary(branch)
     _check_shared(config, _stored(branch.folder))
     return branch
 
@@ -64,14 +64,15 @@ def _stored(folder: Path) -> Any:
     return OmegaConf.load(folder / CONFIG)
 
 
-def _check_boundary(branch: Branch) -> None:
+def check_boundary(branch: Branch, key: str = "branch") -> None:
+    """Refuse a boundary that a run does not hold; ``key`` names it."""
     names = [NAME.fullmatch(path.name) for path in (branch.folder / "checkpoints").glob("*.pt")]
     kept = sorted({int(name[1]) for name in names if name and name[2] is None})
     if branch.boundary not in kept:
         raise InputError(
-            got=f"branch=...@{branch.boundary}, a boundary that {branch.folder} does not hold",
+            got=f"{key}=...@{branch.boundary}, a boundary that {branch.folder} does not hold",
             allowed="one that was reached and kept: " + (", ".join(map(str, kept)) or "there is none"),
-            key="branch (or checkpoint.keep of the parent)",
+            key=f"{key} (or checkpoint.keep of the parent)",
         )
 
 

@@ -154,8 +154,8 @@ def newest(folder: Path, refuse: Callable[[State], str | None] = lambda state: N
     return None
 
 
-def at(branch: Branch, refuse: Callable[[State], str | None]) -> State:
-    """The state that a branch starts from.
+def at(branch: Branch, refuse: Callable[[State], str | None], key: str = "branch") -> State:
+    """The state that a branch starts from; ``key`` names it.
 
     Raises:
         InputError: there is no such boundary, or it is not good.
@@ -169,7 +169,7 @@ def at(branch: Branch, refuse: Callable[[State], str | None]) -> State:
     raise InputError(
         got=f"{Moment(branch.boundary)} of {branch.folder}, which is {'not good' if chosen else 'not there'}",
         allowed=f"boundaries that were kept ({numbers}), of the same stream and the same model",
-        key="branch (or the parent's checkpoint.keep)",
+        key=f"{key} (or the parent's checkpoint.keep)",
     )
 
 

@@ -42,6 +42,8 @@ class CostMeter:
             "cost/params_trainable": sum(p.numel() for p in parameters if p.requires_grad),
             "cost/buffer_bytes": sum(s.buffer_bytes for s in learner.strategies.values()),
         }
+        for strategy in learner.strategies.values():
+            points |= strategy.costs(learner.model)
         if self.seconds > 0:
             points["cost/tokens_per_second"] = self.tokens / self.seconds
         return points

@@ -12,6 +12,7 @@ from cl_moe.batches import evaluation_loader
 from cl_moe.layers.routing import ExpertLoad
 from cl_moe.learner import Learner
 from cl_moe.metrics import ExperienceScores, ExpertLoads
+from cl_moe.models.base import depth_key
 from cl_moe.stream import Experience
 
 
@@ -20,11 +21,14 @@ class Evaluation(NamedTuple):
 
     Args:
         row: (experiences,) float64, mean score on each one's test data.
-        loads: ``{block index: [load on each experience's test data]}``.
+        loads: ``{index of the expert layer: [load on each experience's test data]}``.
+        depths: the same for blocks at depth, by block: of real tokens (``count``), those that went through
+            (``kept``).
     """
 
     row: Tensor
     loads: dict[int, list[ExpertLoad]]
+    depths: dict[int, list[ExpertLoad]]
 
 
 def evaluate(
@@ -40,8 +44,10 @@ def evaluate(
     learner.loads = ExpertLoads(len(distinct)).to(learner.device)
     loaders = [evaluation_loader(data, batch_size) for data in distinct.values()]
     trainer.test(learner, dataloaders=loaders, verbose=False)
-    scores, loads = learner.scores.compute().cpu(), learner.loads.compute()
     chosen = [place[id(experience.test)] for experience in experiences]
+    loads = {index: [per_set[at] for at in chosen] for index, per_set in learner.loads.compute().items()}
     return Evaluation(
-        scores[chosen], {block: [per_set[at] for at in chosen] for block, per_set in loads.items()}
+        learner.scores.compute().cpu()[chosen],
+        {index: row for index, row in loads.items() if index >= 0},
+        {depth_key(index): row for index, row in loads.items() if index < 0},
     )

@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import cl_moe
-from cl_moe import branching, failures, stored
+from cl_moe import branching, distilling, failures, stored
 from cl_moe.checkpoint import Branch
 from cl_moe.experiment import run_experiment
 from cl_moe.learner import Learner
@@ -25,7 +25,15 @@ from cl_moe.targets import check_targets
 # What never makes another arm: where and when it ran, which seeds, and the groups that are named anyway.
 NOT_ARM = tuple(f"{group}=" for group in ("stream", "layer", "router", "growth", "freeze", "strategy"))
 NOT_ARM += ("seed.", "tracking", "output_dir=", "resume=", "objective=", "checkpoint.", "hydra")
-NOT_ARM += ("arm=", "experiment=", "mlflow_experiment=", "stream.order=", "auto_resume=", "branch=")
+NOT_ARM += (
+    "arm=",
+    "experiment=",
+    "mlflow_experiment=",
+    "stream.order=",
+    "auto_resume=",
+    "branch=",
+    "distill=",
+)
 
 
 def run(config: DictConfig) -> float:
@@ -61,11 +69,14 @@ def build(config: DictConfig) -> Run:
     stream = instantiate(config.stream)
     with seeded(config.seed.init, "init"):
         model = instantiate(config.model)(input_shape=stream.input_shape, num_classes=stream.num_classes)
+    strategies = {str(name): instantiate(node) for name, node in config.strategy.items()}
+    teacher = distilling.teacher_of(config)
+    distilling.attach(teacher, stream, model, list(strategies.values()))
     spec = instantiate(config.trainer)
     learner = Learner(
         model,
         optimizer=instantiate(config.optimizer),
-        strategies={str(name): instantiate(node) for name, node in config.strategy.items()},
+        strategies=strategies,
         stream=stream,
         seed=config.seed.data,
         log_every=spec.log_every * spec.accumulate,
@@ -87,7 +98,9 @@ def build(config: DictConfig) -> Run:
         branch=branch,
         name=f"{arm} {labels['seed.init']}.{labels['seed.order']}.{labels['seed.data']}",
         params={**flatten(config), "arm": arm},
-        tags=labels | (branching.tags(branch, config) if branch else {}),
+        tags=labels
+        | (branching.tags(branch, config) if branch else {})
+        | (distilling.tags(teacher, config) if teacher else {}),
     )
     stored.store_config(config, folder)  # last: what was refused leaves nothing behind
     return run

@@ -20,7 +20,7 @@ from cl_moe.lean import LeanModule
 from cl_moe.metrics import ExperienceScores, ExpertLoads
 from cl_moe.models.base import ContinualModel
 from cl_moe.optim import OptimizerSpec, OptimizerState, load_state_by_name, state_by_name
-from cl_moe.seeds import derive_seed, generator_states, set_generator_states
+from cl_moe.seeds import derive_seed, generator, generator_states, set_generator_states
 from cl_moe.strategies.base import Outlook, Step, Strategy
 from cl_moe.stream import IGNORE, Experience, Stream
 
@@ -113,12 +113,13 @@ class Learner(LeanModule):
         for strategy in self._batch_hooks:
             inputs, targets = strategy.batch(inputs, targets)
         mask = padding_mask(targets) if self.kind == "language" else None
+        inputs, targets = self.model.pose(inputs, targets, self._draw)
         logits, routings = self.model(inputs, mask=mask)
         terms = {"task_loss": self.task_loss(logits, targets)}
         for routing in routings.values():
             _add_terms(terms, routing.losses)
         if self._loss_hooks:
-            step = Step(self.model, inputs, targets, mask, logits, routings)
+            step = Step(self.model, inputs, targets, mask, logits, routings, terms["task_loss"])
             for strategy in self._loss_hooks:
                 _add_terms(terms, strategy.loss(step))
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else terms["task_loss"]
@@ -180,6 +181,10 @@ class Learner(LeanModule):
         if self.group_of_class is not None:
             self.group_of_class = self.group_of_class.to(self.device)
 
+    def _draw(self) -> torch.Generator:
+        """For what the model draws for a batch: the same after a restart."""
+        return generator(self.seed, self.outlook().experience.index, "pose", self.batches)
+
     def _watch(self, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
         due = self.batches % self.log_every == 0
         # Reading a number costs an accelerator its queue, so it is read every step on the CPU only.
@@ -204,6 +209,7 @@ class Learner(LeanModule):
         """Fold one batch of one experience's test data into scores and loads."""
         inputs, targets = batch
         mask = padding_mask(targets) if self.kind == "language" else None
+        inputs, targets = self.model.pose(inputs, targets, lambda: generator(0, "evaluation", batch_idx))
         logits, routings = self.model(inputs, mask=mask)
         if not logits.isfinite().all():  # an argmax over them would be a score like any other
             place = f"after step {self.global_step}, on test set {dataloader_idx}"

@@ -180,6 +180,7 @@ class Run:
         boundary = len(measured.rows)
         measured.rows.append(evaluation.row)
         measured.loads.append(evaluation.loads)
+        measured.depths.append(evaluation.depths)
         measured.ledger = self.learner.ledger
         measured.steps.append(self.trainer.global_step)
         measured.cohorts.append(
@@ -190,8 +191,7 @@ class Run:
                 for block, layer in model.expert_layers.items()
             }
         )
-        points = names.stream_points(measured, boundary) | names.expert_points(measured, boundary)
-        self.tracker.add(points, boundary)
+        self.tracker.add(names.all_points(measured, boundary), boundary)
         if (
             boundary == 0 or measured.steps[-1] > measured.steps[-2]
         ):  # joint training stands still after its start
@@ -275,8 +275,7 @@ class Run:
                     self.learner.experience = experience
                     strategy.end(self.learner.outlook())
         for i in range(branch.boundary + 1):
-            self.tracker.add(names.stream_points(self.measured, i), i)
-            self.tracker.add(names.expert_points(self.measured, i), i)
+            self.tracker.add(names.all_points(self.measured, i), i)
         self.tracker.add(self.cost.points(self.learner), self.trainer.global_step)
         self._save(Moment(branch.boundary))
         self._say_where("branched off")

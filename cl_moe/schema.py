@@ -22,6 +22,7 @@ TOP = {
     "resume",
     "auto_resume",
     "branch",
+    "distill",
     "seed",
     "strategy",
 }
@@ -53,6 +54,8 @@ def check_config(config: DictConfig) -> None:
         _refuse(f"auto_resume={config.auto_resume!r}", "true or false", "auto_resume")
     if config.branch is not None and not isinstance(config.branch, str):
         _refuse(f"branch={config.branch!r}", "<run id or run folder>@<experience>, or null", "branch")
+    if config.distill is not None and not isinstance(config.distill, str):
+        _refuse(f"distill={config.distill!r}", "<run id or run folder>[@<experience>], or null", "distill")
     if config.arm is not None and not (isinstance(config.arm, str) and config.arm.strip()):
         _refuse(f"arm={config.arm!r}", "a name, or null", "arm")
     raw: Any = OmegaConf.to_container(config, resolve=False)

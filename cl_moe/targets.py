@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from cl_moe.checkpoint import Checkpoints
 from cl_moe.errors import InputError
 from cl_moe.growth import FreezePolicy, GrowthSchedule
-from cl_moe.layers.routers import Router
+from cl_moe.layers.retrieval import Retrieval
+from cl_moe.layers.routers import Capacity, Router, Scores
 from cl_moe.layers.routing import ExpertLayer
 from cl_moe.models import ContinualModel
 from cl_moe.optim import OptimizerSpec
@@ -28,8 +29,8 @@ from cl_moe.tracking.tracker import Tracker
 from cl_moe.trainer import TrainerSpec
 
 PARTS: tuple[type, ...] = (
-    *(Stream, ContinualModel, ExpertLayer, Router, GrowthSchedule, FreezePolicy),
-    *(Strategy, OptimizerSpec, TrainerSpec, Tracker, Checkpoints),
+    *(Stream, ContinualModel, ExpertLayer, Router, Scores, Capacity, GrowthSchedule, FreezePolicy),
+    *(Retrieval, Strategy, OptimizerSpec, TrainerSpec, Tracker, Checkpoints),
 )
 
 

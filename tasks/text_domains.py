@@ -51,11 +51,11 @@ def text_domains(
     Raises:
         InputError: a value that is not allowed, a domain without a file, a file without the column.
     """
-    names = arrange(_known(domains), order, seed)
+    names = arrange(known_domains(domains), order, seed)
     size = whole(context, "stream.context", 1)
     experiences = []
     for index, name in enumerate(names):
-        train, test = _read(name, column)
+        train, test = read_domain(name, column)
         experiences.append(
             Experience(
                 index=index,
@@ -91,7 +91,7 @@ def windows(text: bytes, context: int) -> TensorDataset:
     return TensorDataset(inputs.view(count, context), targets.view(count, context))
 
 
-def _known(domains: Sequence[str]) -> list[str]:
+def known_domains(domains: Sequence[str]) -> list[str]:
     """The domains as a list of different names of text files that exist."""
     is_list = isinstance(domains, Sequence) and not isinstance(domains, str | bytes)
     names = list(domains) if is_list else []
@@ -107,7 +107,7 @@ def _known(domains: Sequence[str]) -> list[str]:
     return names
 
 
-def _read(name: str, column: str) -> tuple[bytes, bytes]:
+def read_domain(name: str, column: str) -> tuple[bytes, bytes]:
     """The training and the validation text of a domain."""
     path = find(f"{name}.parquet", "stream.domains")
     table = read_parquet(path, [("split", "stream.domains"), (column, "stream.column")])

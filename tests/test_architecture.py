@@ -26,7 +26,19 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("failures", "memory", "watchdog"), 3),
     **dict.fromkeys(("experiment", "run", "preflight", "ending", "evaluation", "cost"), 4),
     **dict.fromkeys(
-        ("cli", "arguments", "launch", "branching", "stored", "schema", "targets", "worker", "__main__"), 5
+        (
+            "cli",
+            "arguments",
+            "launch",
+            "branching",
+            "stored",
+            "schema",
+            "targets",
+            "worker",
+            "distilling",
+            "__main__",
+        ),
+        5,
     ),
 }
 """Rooms of ``cl_moe``; "" is the package itself. A module is in the longest room its name begins with."""
@@ -63,6 +75,11 @@ SIBLINGS: dict[tuple[str, str], str] = {
     ("stored", "arguments"): "both know which keys may change when a run goes on",
     ("branching", "schema"): "a branch reads what its parent stored",
     ("branching", "arguments"): "a branch may come from a file as well",
+    ("launch", "distilling"): "a student is launched with its teacher",
+    ("distilling", "branching"): "a teacher is found and told of like the parent of a branch",
+    ("distilling", "arguments"): "a teacher may come from a file as well",
+    ("distilling", "schema"): "a teacher is built from what its run stored",
+    ("distilling", "targets"): "a teacher's folder may come from somebody else",
 }
 """Imports along a floor, tolerated with a reason. None of them may have its way back in this table."""
 
@@ -149,6 +166,7 @@ def fence_faults(source: str, module: str, package: bool = False) -> list[str]:
         "omegaconf": floor == 5,
         "mlflow": room == "tracking",
         "datasets": room == "tasks",
+        "transformers": module == "cl_moe.models.hugging_face",
         "lightning": floor >= 3,
         "pytorch_lightning": False,  # the same classes under a second name: isinstance fails between the two
     }
@@ -262,6 +280,7 @@ def test_a_forbidden_import_is_seen(source: str, module: str) -> None:
         ("from datasets import load_dataset", "cl_moe.stream"),
         ("import numpy as np", "cl_moe.layers.moe"),
         ("import torchmetrics", "cl_moe.metrics.functional.load"),
+        ("import transformers", "cl_moe.models.foreign"),
     ],
 )
 def test_a_third_party_outside_its_fence_is_seen(source: str, module: str) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import conf
 
@@ -47,9 +54,54 @@ def test_tables_name_options_that_exist_and_miss_none():
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_code_runs(code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    if "transformers" in code:
+        pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
     (tmp_path / "snippet.py").write_text(code)
     runpy.run_path(str(tmp_path / "snippet.py"))
     assert "torch.Size" in capsys.readouterr().out
+
+
+FENCE = """
+import sys
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+
+class Alone:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        known = top in ALLOWED or top in sys.stdlib_module_names or top.startswith("_sysconfigdata_")
+        return PathFinder.find_spec(name, path, target) if known else None
+
+sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Alone()]
+"""
+
+
+def torch_and_what_it_brings() -> set[str]:
+    """Names of modules that an installation of torch alone has."""
+    brought, pending = set(), ["torch"]
+    for name in pending:
+        with suppress(metadata.PackageNotFoundError):
+            texts = metadata.requires(name) or []
+            brought.add(canonicalize_name(name))
+            needed = [one for one in map(Requirement, texts) if not one.marker or one.marker.evaluate()]
+            pending += [one.name for one in needed if canonicalize_name(one.name) not in brought]
+    modules = metadata.packages_distributions().items()
+    return {module for module, owners in modules if brought & {canonicalize_name(owner) for owner in owners}}
+
+
+def run_with_torch_alone(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    allowed = {"cl_moe", *torch_and_what_it_brings()}
+    (folder / "script.py").write_text(f"ALLOWED = {allowed!r}\n{FENCE}\n{code}")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "script.py"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_script_for_a_strangers_model_needs_torch_alone(tmp_path: Path):
+    script = blocks("python")[0]
+    assert len([line for line in script.splitlines() if line]) <= 15
+    done = run_with_torch_alone(script, tmp_path)
+    assert "torch.Size([32, 64]) (8, 4, 4)" in done.stdout, done.stderr
+    assert "No module named 'numpy'" in run_with_torch_alone("import numpy", tmp_path).stderr
 
 
 def test_linked_files_exist():

@@ -57,10 +57,10 @@ def adapt(
     if new_classes:
         events.append({"experience": at, "act": "head", "classes": new_classes})
     if newborns:
-        for layer in model.expert_layers:
-            events.append(
-                _event(at, "grow", layer, num_experts=newborns, init=schedule.init, noise=schedule.noise)
-            )
+        details = {"num_experts": newborns, "init": schedule.init, "noise": schedule.noise}
+        if schedule.hidden is not None:
+            details["hidden"] = schedule.hidden
+        events += [_event(at, "grow", layer, **details) for layer in model.expert_layers]
     loads = {layer: body.load for layer, body in census.layers.items()}
     for event in events:
         with seeded(seed, at, event["act"], event.get("layer", -1)):
@@ -87,6 +87,8 @@ def check_growth(model: ContinualModel, schedule: GrowthSchedule) -> None:
     for layer in model.expert_layers.values():
         for size in schedule.sizes:
             layer.check_growth(size, schedule.init)
+        if schedule.sizes and schedule.hidden is not None:
+            layer.check_hidden(schedule.hidden, schedule.init)
 
 
 def add_classes(model: ContinualModel, groups: Iterable[Sequence[int]], seed: int) -> list[Event]:
@@ -115,9 +117,9 @@ def apply(model: ContinualModel, event: Event, loads: Mapping[int, Tensor | None
         model.expert_layers[event["layer"]].freeze(event["cohorts"], shared=event["shared"])
     elif event["act"] == "grow":
         layer = model.expert_layers[event["layer"]]
-        layer.grow(
-            event["num_experts"], init=event["init"], noise=event["noise"], load=loads.get(event["layer"])
-        )
+        # only layers whose experts have a hidden width take one, and the ledger names it only where it differs
+        options = {name: event[name] for name in ("init", "noise", "hidden") if name in event}
+        layer.grow(event["num_experts"], load=loads.get(event["layer"]), **options)
     else:
         raise ValueError(f"unknown act {event['act']!r} in the ledger")
 

@@ -19,10 +19,12 @@ class GrowthSchedule(ABC):
     Attributes:
         init: how newborns start: see ``ExpertLayer.grow``.
         noise: relative noise of copies.
+        hidden: hidden width of the newborns; None: as their layer's first experts.
     """
 
     init: str = "fresh"
     noise: float = 0.0
+    hidden: int | None = None
 
     @abstractmethod
     def newborns(self, census: Census) -> int:
@@ -58,11 +60,16 @@ class EveryExperience(GrowthSchedule):
         num_experts: size of each cohort.
         init: ``fresh``, ``copy`` or ``zero_output``.
         noise: relative noise of copies.
+        hidden: hidden width of the newborns, where the layer allows one of their own (moe); a copy needs
+            experts of that width. None: as the layer's first experts.
     """
 
-    def __init__(self, num_experts: int, init: str = "copy", noise: float = 0.01) -> None:
+    def __init__(
+        self, num_experts: int, init: str = "copy", noise: float = 0.01, hidden: int | None = None
+    ) -> None:
         self.num_experts = _positive(num_experts, "growth.num_experts")
         self.init, self.noise = _birth(init, noise)
+        self.hidden = _width(hidden)
 
     def newborns(self, census: Census) -> int:
         """``num_experts``, but 0 before the first experience."""
@@ -81,14 +88,22 @@ class At(GrowthSchedule):
         events: ``{experience index: experts}``, indices from 1; None (as in the YAML) fails ``check``.
         init: ``fresh``, ``copy`` or ``zero_output``.
         noise: relative noise of copies.
+        hidden: hidden width of the newborns, as in ``EveryExperience``.
     """
 
-    def __init__(self, events: Mapping[int, int] | None, init: str = "copy", noise: float = 0.01) -> None:
+    def __init__(
+        self,
+        events: Mapping[int, int] | None,
+        init: str = "copy",
+        noise: float = 0.01,
+        hidden: int | None = None,
+    ) -> None:
         if events is not None and not isinstance(events, Mapping):
             raise InputError(got=f"{events!r}", allowed=_EVENTS, key="growth.events")
         given = {} if events is None else events
         self.events = {_index(at): _positive(count, f"growth.events.{at}") for at, count in given.items()}
         self.init, self.noise = _birth(init, noise)
+        self.hidden = _width(hidden)
 
     def newborns(self, census: Census) -> int:
         """What ``events`` says for this experience."""
@@ -118,6 +133,14 @@ def _positive(count: int, key: str) -> int:
             got=f"{count!r} experts", allowed="a whole number, at least 1 (growth=never for none)", key=key
         )
     return count
+
+
+def _width(hidden: int | None) -> int | None:
+    if hidden is not None and (not isinstance(hidden, int) or isinstance(hidden, bool) or hidden < 1):
+        raise InputError(
+            got=f"hidden={hidden!r}", allowed="a whole number, at least 1, or null", key="growth.hidden"
+        )
+    return hidden
 
 
 def _index(at: int | str) -> int:

@@ -11,16 +11,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cl_moe.layers.grouped import grouped_mm
 from cl_moe.layers.pairs import Pairs, pair_gather, pair_sum
 from cl_moe.layers.precision import activation_by_name, matmul_dtype, no_autocast, wide
 from cl_moe.layers.routing import Routing
+from cl_moe.layers.static_pool import static_pool
 
 
 class Cohort(nn.Module):
     """Feed-forward experts born together: stacked weights, and the rows of the router that choose them.
 
     An expert starts as the dense layer it replaces would: U(+-1/sqrt(fan_in)), like ``nn.Linear``. The router
-    keys start at 0; a router initialises them (``Router.init_keys``).
+    keys start at 0; a router initialises them (``Router.init_keys``). With loss-free balancing there is a
+    buffer ``selection_bias`` (n,), born at 0, moved by ``ExpertLayer.after_step``, stopped with the weights.
 
     Args:
         dim: D, width of input and output.
@@ -28,19 +31,36 @@ class Cohort(nn.Module):
         hidden: H, width between an expert's two linear maps.
         activation: ``"relu"`` or ``"gelu"``.
         bias: whether the two maps have biases.
+        dropout: of the hidden neurons while training (2101.03961, section 2.4: "expert dropout"), in [0, 1).
+        biased: whether there is a ``selection_bias``.
     """
 
+    selection_bias: Tensor | None
+
     def __init__(
-        self, dim: int, num_experts: int, hidden: int, activation: str = "relu", bias: bool = True
+        self,
+        dim: int,
+        num_experts: int,
+        hidden: int,
+        activation: str = "relu",
+        bias: bool = True,
+        dropout: float = 0.0,
+        biased: bool = False,
     ) -> None:
         super().__init__()
-        self.num_experts = num_experts
+        self.num_experts, self.hidden, self.dropout = num_experts, hidden, dropout
         self.activation = activation_by_name(activation)
+        self.statistics_frozen = False
         self.w_in = _uniform((num_experts, dim, hidden), fan_in=dim)
         self.b_in = _uniform((num_experts, hidden), fan_in=dim) if bias else None
         self.w_out = _uniform((num_experts, hidden, dim), fan_in=hidden)
         self.b_out = _uniform((num_experts, dim), fan_in=hidden) if bias else None
         self.key = nn.Parameter(torch.zeros(num_experts, dim))
+        self.register_buffer("selection_bias", torch.zeros(num_experts) if biased else None)
+
+    def freeze_statistics(self) -> None:
+        """Never move the selection bias again."""
+        self.statistics_frozen = True
 
     def forward(self, x_MD: Tensor, start_n1: Tensor) -> Tensor:
         """(M, D): the experts' outputs for rows sorted by expert.
@@ -50,7 +70,47 @@ class Cohort(nn.Module):
             start_n1: (n + 1,) int64, from 0 to M.
         """
         hidden_MH = self.activation(_grouped_linear(x_MD, self.w_in, self.b_in, start_n1))
+        if self.dropout > 0:
+            hidden_MH = nn.functional.dropout(hidden_MH, self.dropout, self.training)
         return _grouped_linear(hidden_MH, self.w_out, self.b_out, start_n1)
+
+
+class SharedExperts(nn.Module):
+    """Experts that every token passes, whatever the router says (DeepSeekMoE, 2401.06066, equation 9).
+
+    The sum of n feed-forward experts of hidden width H is one of width n H, and is computed as one. Each
+    starts as an expert of a ``Cohort`` does.
+
+    Args:
+        dim: D, width of input and output.
+        num_shared: n.
+        hidden: H.
+        activation: ``"relu"`` or ``"gelu"``.
+        bias: whether the two maps have biases.
+        dropout: of the hidden neurons while training, in [0, 1).
+    """
+
+    def __init__(
+        self, dim: int, num_shared: int, hidden: int, activation: str, bias: bool, dropout: float
+    ) -> None:
+        super().__init__()
+        self.activation, self.dropout = activation_by_name(activation), dropout
+        self.w_in = _uniform((dim, num_shared * hidden), fan_in=dim)
+        self.b_in = _uniform((num_shared * hidden,), fan_in=dim) if bias else None
+        self.w_out = _uniform((num_shared * hidden, dim), fan_in=hidden)
+        self.b_out = _uniform((num_shared, dim), fan_in=hidden) if bias else None
+
+    def forward(self, x_TD: Tensor, valid_T: Tensor | None = None) -> Tensor:
+        """(T, D) in the dtype of ``x_TD``; 0 on padding."""
+        x_TI = x_TD.to(self.w_in.dtype)
+        hidden_TH = self.activation(nn.functional.linear(x_TI, self.w_in.t(), self.b_in))
+        if self.dropout > 0:
+            hidden_TH = nn.functional.dropout(hidden_TH, self.dropout, self.training)
+        bias_D = None if self.b_out is None else self.b_out.sum(dim=0)
+        out_TD = nn.functional.linear(hidden_TH, self.w_out.t(), bias_D)
+        if valid_T is not None:
+            out_TD = out_TD.masked_fill(~valid_T.unsqueeze(-1), 0.0)
+        return out_TD.to(x_TD.dtype)
 
 
 class ExpertPool(nn.ModuleList):
@@ -78,6 +138,11 @@ class ExpertPool(nn.ModuleList):
                 graph, so that its gradients are zeros and ranks agree on who has some.
         """
         sizes = [int(cohort.num_experts) for cohort in self]  # type: ignore[arg-type]
+        if torch.compiler.is_compiling():
+            chosen = list(range(len(self)) if cohorts is None else cohorts)
+            first_id = [sum(sizes[:index]) for index in chosen]
+            every: list[Cohort] = list(self)  # type: ignore[arg-type]
+            return static_pool(x_TD, routing, [every[index] for index in chosen], first_id)
         weight_M, slots, start_N1 = _places_by_expert(routing, sum(sizes))
         rows_MD = pair_gather(x_TD, slots)
         bounds, outs = start_N1.tolist(), []
@@ -119,27 +184,12 @@ def _grouped_linear(x_MI: Tensor, w_nIO: Tensor, b_nO: Tensor | None, start_n1: 
     if x_MI.shape[0] == 0:
         num_experts = w_nIO.shape[0]  # a product of empty rows: it costs nothing and keeps the graph whole
         out_MO = torch.bmm(x_MI.expand(num_experts, 0, -1), w_nIO).reshape(0, w_nIO.shape[2])
-    elif _grouped_mm_serves(w_nIO):
-        out_MO = nn.functional.grouped_mm(x_MI, w_nIO, offs=start_n1[1:].int())
     else:
-        out_MO = looped_mm(x_MI, w_nIO, start_n1)
+        out_MO = grouped_mm(x_MI, w_nIO, start_n1)
     if b_nO is None:
         return out_MO
     places = Pairs(start_n1, torch.arange(x_MI.shape[0], device=x_MI.device), x_MI.shape[0])
     return out_MO + pair_gather(b_nO.to(dtype), places)
-
-
-def _grouped_mm_serves(w_nIO: Tensor) -> bool:
-    """``F.grouped_mm`` wants rows of whole 16 bytes, and no float64."""
-    if w_nIO.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    return all(width * w_nIO.element_size() % 16 == 0 for width in w_nIO.shape[1:])
-
-
-def looped_mm(x_MI: Tensor, w_nIO: Tensor, start_n1: Tensor) -> Tensor:
-    """What ``F.grouped_mm`` computes, one expert after the other: for what it refuses, and for tests."""
-    bounds = start_n1.tolist()
-    return torch.cat([x_MI[bounds[e] : bounds[e + 1]] @ w_nIO[e] for e in range(w_nIO.shape[0])])
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:

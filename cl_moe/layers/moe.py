@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cl_moe.layers.experts import Cohort, ExpertPool
+from cl_moe.errors import InputError
+from cl_moe.layers.experts import Cohort, ExpertPool, SharedExperts
 from cl_moe.layers.routers import Candidates, Router, TopK
 from cl_moe.layers.routing import ExpertLayer, Routing, flat_tokens, most_used, noisy_copy
 
@@ -18,16 +19,22 @@ from cl_moe.layers.routing import ExpertLayer, Routing, flat_tokens, most_used, 
 class MoE(ExpertLayer):
     """Experts with a hidden layer each, chosen per token by a router (1701.06538; 2101.03961).
 
+    Shared experts see every token, whichever cohorts are asked for. They are part of the trunk, not of a
+    cohort nor of the router: ``freeze`` leaves them alone, and only a policy that stops everything
+    (``all_past``) stops them.
+
     Args:
         dim: D, width of input and output.
         num_experts: experts at the start, >= 1.
-        hidden: an expert's hidden width.
+        hidden: an expert's hidden width; a cohort born later may have another (``grow``).
         router: a router, or what makes one when called with ``dim=``.
         activation: ``"relu"`` or ``"gelu"``.
         bias: whether the experts' linear maps have biases.
+        num_shared: experts that every token passes, beside the router (DeepSeekMoE, 2401.06066); >= 0.
+        dropout: of the experts' hidden neurons while training, in [0, 1); Switch fine-tunes with 0.4.
 
     Raises:
-        InputError: the router cannot serve so few experts (key ``router.k``).
+        InputError: the router cannot serve so few experts (key ``router.k``), or a number is out of range.
     """
 
     cohorts: ExpertPool
@@ -40,12 +47,18 @@ class MoE(ExpertLayer):
         router: Router | Callable[..., Router] = TopK,
         activation: str = "relu",
         bias: bool = True,
+        num_shared: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        _check_options(hidden, num_shared, dropout)
         self.dim, self.hidden, self.activation, self.bias = dim, hidden, activation, bias
+        self.dropout = dropout
         self.router = router if isinstance(router, Router) else router(dim=dim)
         self.router.check_num_experts(num_experts)
-        self.cohorts = ExpertPool([self._newborn(num_experts)])
+        self.cohorts = ExpertPool([self._newborn(num_experts, hidden)])
+        shared = SharedExperts(dim, num_shared, hidden, activation, bias, dropout) if num_shared else None
+        self.shared = shared
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, cohorts: Sequence[int] | None = None
@@ -61,40 +74,118 @@ class MoE(ExpertLayer):
         chosen = self.check_cohorts(cohorts)
         tokens = flat_tokens(x, mask)
         routing = self.router(tokens, self._candidates(chosen))
-        return self.cohorts(tokens.x, routing, chosen).reshape(x.shape), routing
+        out_TD = self.cohorts(tokens.x, routing, chosen)
+        if self.shared is not None:
+            out_TD = out_TD + self.shared(tokens.x, tokens.valid)
+        return out_TD.reshape(x.shape), routing
+
+    @property
+    def causal(self) -> bool:
+        """The router's answer: experts themselves look at one token each."""
+        return self.router.causal
 
     @torch.no_grad()
     def grow(
-        self, num_experts: int, init: str = "fresh", noise: float = 0.01, load: Tensor | None = None
+        self,
+        num_experts: int,
+        init: str = "fresh",
+        noise: float = 0.01,
+        load: Tensor | None = None,
+        hidden: int | None = None,
     ) -> None:
         """Append one cohort of newborn experts, drawn from torch's global generator; old bytes stay.
 
         Args:
             num_experts: how many are born.
-            init: ``"fresh"``; ``"copy"`` of the most used experts and their keys (ties: the oldest; all of
-                them in turn if more are born than live); ``"zero_output"``, whose down-projection is 0.
+            init: ``"fresh"``; ``"copy"`` of the most used experts of the same hidden width, their keys and
+                selection biases (ties: the oldest; all of them in turn if more are born than live);
+                ``"zero_output"``, whose down-projection is 0.
             noise: standard deviation of a copy's noise, relative to the copied tensor's own.
             load: (N,) load that ``"copy"`` ranks by; None: all equal.
+            hidden: the newborns' hidden width; None: as at the start.
+
+        Raises:
+            InputError: also where no expert has the width that a copy is to have.
         """
         self.check_growth(num_experts, init, load)
-        newborn = self._newborn(num_experts).to(self._key(0))  # dtype and device of the old ones
+        hidden = self.hidden if hidden is None else hidden
+        self.check_hidden(hidden, init)
+        newborn = self._newborn(num_experts, hidden).to(self._key(0))  # dtype and device of the old ones
         if init == "copy":
-            source_n = most_used(load, self.num_experts, newborn.key.device)
-            source_n = source_n[torch.arange(num_experts, device=source_n.device) % source_n.numel()]
-            for name, parameter in newborn.named_parameters():
-                old = torch.cat([cohort.get_parameter(name) for cohort in self.cohorts])
-                parameter.copy_(noisy_copy(old[source_n], noise))
+            self._copy_most_used(newborn, noise, load)
         elif init == "zero_output":
             newborn.w_out.zero_()
             if newborn.b_out is not None:
                 newborn.b_out.zero_()
         self.cohorts.append(newborn)
 
-    def _newborn(self, num_experts: int) -> Cohort:
-        cohort = Cohort(self.dim, num_experts, self.hidden, self.activation, self.bias)
+    def check_hidden(self, hidden: int, init: str) -> None:
+        """Any width will do, but a copy needs experts of its own."""
+        if hidden < 1:
+            raise InputError(got=f"hidden={hidden}", allowed="at least 1", key="growth.hidden")
+        widths = sorted({cohort.hidden for cohort in self._cohorts()})
+        if init == "copy" and hidden not in widths:
+            raise InputError(
+                got=f"copies of hidden width {hidden} of experts of width {', '.join(map(str, widths))}",
+                allowed="the width of experts that are there, or growth.init=fresh or zero_output",
+                key="growth.hidden",
+            )
+
+    @property
+    def wants_load(self) -> bool:
+        """With loss-free balancing."""
+        return self.router.scores.bias_rate > 0
+
+    @torch.no_grad()
+    def after_step(self, count_N: Tensor) -> None:
+        """Move the selection biases: ``+= rate sign(mean load - load)`` (2408.15664, algorithm 1).
+
+        Frozen cohorts keep theirs, and the mean is that of the live experts, so that those balance among
+        themselves, whatever the frozen ones take.
+
+        Args:
+            count_N: (N,) choices of each expert in all batches of the step, summed over ranks.
+        """
+        if count_N.shape != (self.num_experts,):
+            raise InputError(
+                got=f"counts of shape {tuple(count_N.shape)}",
+                allowed=f"shape ({self.num_experts},)",
+                key="count_N",
+            )
+        frozen, counts = self.frozen_cohorts, count_N.double().split(list(self.cohort_sizes))
+        live = [index for index, stopped in enumerate(frozen) if not stopped]
+        if not self.wants_load or not live:
+            return
+        mean = torch.cat([counts[index] for index in live]).mean()
+        for index in live:
+            bias_n = self.cohorts[index].selection_bias
+            assert isinstance(bias_n, Tensor)
+            bias_n += (self.router.scores.bias_rate * (mean - counts[index]).sign()).to(bias_n)
+
+    def _newborn(self, num_experts: int, hidden: int) -> Cohort:
+        options = (self.activation, self.bias, self.dropout, self.wants_load)
+        cohort = Cohort(self.dim, num_experts, hidden, *options)
         with torch.no_grad():
             self.router.init_keys(cohort.key)
-        return cohort
+        return cohort.train(self.training)
+
+    def _copy_most_used(self, newborn: Cohort, noise: float, load: Tensor | None) -> None:
+        """Fill a newborn cohort from the most used experts of its width."""
+        sources = [cohort for cohort in self._cohorts() if cohort.hidden == newborn.hidden]
+        fits_N = [
+            cohort.hidden == newborn.hidden for cohort in self._cohorts() for _ in range(cohort.num_experts)
+        ]
+        load_n = None if load is None else load[torch.tensor(fits_N, device=load.device)]
+        best_n = most_used(load_n, sum(cohort.num_experts for cohort in sources), newborn.key.device)
+        source_n = best_n[torch.arange(newborn.num_experts, device=best_n.device) % best_n.numel()]
+        for name, parameter in newborn.named_parameters():
+            old = torch.cat([cohort.get_parameter(name) for cohort in sources])
+            parameter.copy_(noisy_copy(old[source_n], noise))
+        for name, buffer in newborn.named_buffers():
+            buffer.copy_(torch.cat([cohort.get_buffer(name) for cohort in sources])[source_n])
+
+    def _cohorts(self) -> list[Cohort]:
+        return list(self.cohorts)  # type: ignore[arg-type]
 
     def _key(self, cohort: int) -> Tensor:
         key = self.cohorts[cohort].key  # not get_parameter: a functional call puts plain tensors in its place
@@ -111,4 +202,19 @@ class MoE(ExpertLayer):
             expert=torch.cat(expert_C),
             live=torch.cat(live_C),
             num_experts=self.num_experts,
+            bias=self._selection_bias(chosen),
         )
+
+    def _selection_bias(self, chosen: Sequence[int]) -> Tensor | None:
+        cohorts = self._cohorts()
+        biases = [cohorts[c].selection_bias for c in chosen if cohorts[c].selection_bias is not None]
+        return torch.cat(biases) if biases else None  # type: ignore[arg-type]
+
+
+def _check_options(hidden: int, num_shared: int, dropout: float) -> None:
+    if hidden < 1:
+        raise InputError(got=f"hidden={hidden}", allowed="at least 1", key="layer.hidden")
+    if num_shared < 0:
+        raise InputError(got=f"num_shared={num_shared}", allowed="0 or more", key="layer.num_shared")
+    if not 0 <= dropout < 1:
+        raise InputError(got=f"dropout={dropout}", allowed="0 <= dropout < 1", key="layer.dropout")

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cl_moe.errors import InputError
+from cl_moe.layers.tokens import Tokens as Tokens
+from cl_moe.layers.tokens import check_finite, check_fits
+from cl_moe.layers.tokens import flat_tokens as flat_tokens
 
 GROWTH_INITS = ("fresh", "copy", "zero_output")
 
@@ -26,13 +29,17 @@ class Routing(NamedTuple):
     Args:
         expert: (T, K) or (P,) int64, ids for life in [0, num_experts).
         weight: same shape, gating weights as applied; 0 where ``kept`` is False.
-        kept: same shape, bool; False where a capacity dropped the pair, or the token is padding.
+        kept: same shape, bool; False where a capacity dropped the pair, it was not asked, or the token is
+            padding.
         num_tokens: T, padding included.
         num_experts: N of the whole layer, whichever cohorts were asked for; 0 where nothing is routed.
         token: (P,) int64 row of each pair, or None for a regular choice.
         valid: (T,) bool, False on padding; None where there is none.
         scores: (T, N) raw logits of every expert, where that can be afforded; -inf for one not asked for.
         losses: named auxiliary losses, scalars, already weighted; to be added to the training loss.
+        asked: same shape as ``expert``, bool; False where the router left a place of its regular shape empty
+            (GShard's second expert, Expert Choice in a short sequence): no choice, no load, no drop. None
+            where every place is a choice.
     """
 
     expert: Tensor
@@ -44,6 +51,7 @@ class Routing(NamedTuple):
     valid: Tensor | None = None
     scores: Tensor | None = None
     losses: Mapping[str, Tensor] = {}
+    asked: Tensor | None = None
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``token_P, expert_P, weight_P, kept_P``: the choice as a flat list of pairs."""
@@ -84,11 +92,14 @@ class ExpertLoad(NamedTuple):
 
 
 def fold_load(routing: Routing) -> ExpertLoad:
-    """The load of one batch; padding never counts."""
+    """The load of one batch; padding never counts, nor does what the router did not ask for."""
     token_P, expert_P, weight_P, kept_P = routing.pairs()
-    if routing.valid is not None:
-        real_P = routing.valid[token_P]
-        expert_P, weight_P, kept_P = expert_P[real_P], weight_P[real_P], kept_P[real_P]
+    counted_P = None if routing.valid is None else routing.valid[token_P]
+    if routing.asked is not None:
+        asked_P = routing.asked.reshape(-1)
+        counted_P = asked_P if counted_P is None else counted_P & asked_P
+    if counted_P is not None:
+        expert_P, weight_P, kept_P = expert_P[counted_P], weight_P[counted_P], kept_P[counted_P]
     size = routing.num_experts
     score_N = torch.bincount(expert_P, weights=(weight_P * kept_P).detach().double(), minlength=size)
     return ExpertLoad(score_N.double(), torch.bincount(expert_P, minlength=size), kept_P.sum())
@@ -202,44 +213,47 @@ class ExpertLayer(nn.Module, ABC):
                 got=f"load of shape {tuple(load.shape)}", allowed=f"shape ({self.num_experts},)", key="load"
             )
 
+    def check_hidden(self, hidden: int, init: str) -> None:
+        """Refuse newborns of a hidden width of their own; overridden where experts have one.
+
+        Args:
+            hidden: width asked for.
+            init: how they are to start.
+        """
+        raise InputError(
+            got=f"hidden={hidden} for newborn experts of {type(self).__name__}",
+            allowed="layer=moe, whose experts have a hidden layer, or growth.hidden=null",
+            key="growth.hidden",
+        )
+
     def check_input(self, x: Tensor, mask: Tensor | None) -> None:
-        """Refuse what would otherwise fail far from its cause."""
-        if x.shape[-1] != self.dim or not x.is_floating_point():
-            raise InputError(
-                got=f"x of shape {tuple(x.shape)} and dtype {x.dtype}",
-                allowed=f"a floating tensor of shape (..., {self.dim})",
-                key="x (or the layer's dim)",
-            )
-        if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
-            raise InputError(
-                got=f"mask of shape {tuple(mask.shape)} and dtype {mask.dtype}",
-                allowed=f"a bool tensor of shape {tuple(x.shape[:-1])}",
-                key="mask",
-            )
+        """Refuse what would otherwise fail far from its cause; a layer that routes also refuses NaN."""
+        parameter = next(self.parameters(), None)
+        check_fits(x, mask, self.dim, x.device if parameter is None else parameter.device)
+        if len(self.cohorts) > 0:
+            check_finite(x, mask, type(self).__name__)
 
+    @property
+    def causal(self) -> bool:
+        """Whether a token's output hears of no later token; a causal language model refuses others."""
+        return True
 
-class Tokens(NamedTuple):
-    """A layer's input as a flat list of tokens.
+    @property
+    def wants_load(self) -> bool:
+        """Whether ``after_step`` has something to do: who trains the layer then counts loads."""
+        return False
 
-    Args:
-        x: (T, D), 0 on padding.
-        valid: (T,) bool, False on padding; None where there is none.
-        group_size: tokens of one sequence; sequences follow each other.
-    """
+    def after_step(self, count_N: Tensor) -> None:
+        """Balance without a loss, after an optimizer step; nothing by default.
 
-    x: Tensor
-    valid: Tensor | None
-    group_size: int
+        It is not done in ``forward``, which may run twice for a step (checkpointing) or several times
+        (accumulation), and on other data on every rank.
 
-
-def flat_tokens(x: Tensor, mask: Tensor | None) -> Tokens:
-    """Flatten (..., D); whatever stands on padding (even NaN) is replaced by 0."""
-    group_size = x.shape[-2] if x.dim() > 2 else 1
-    if mask is None:
-        return Tokens(x.reshape(-1, x.shape[-1]), None, group_size)
-    valid_T = mask.reshape(-1)
-    x_TD = x.reshape(-1, x.shape[-1]).masked_fill(~valid_T.unsqueeze(-1), 0.0)
-    return Tokens(x_TD, valid_T, group_size)
+        Args:
+            count_N: (N,) choices of each expert in all batches of the step, summed over ranks:
+                ``fold_load(routing).count``, added up.
+        """
+        return None
 
 
 def most_used(load_N: Tensor | None, num_experts: int, device: torch.device) -> Tensor:

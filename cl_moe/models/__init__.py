@@ -2,6 +2,20 @@
 
 from cl_moe.models.base import ContinualModel, Head
 from cl_moe.models.decoder import DecoderLM
+from cl_moe.models.encoder import EncoderLM
+from cl_moe.models.hugging_face import HuggingFaceLM
 from cl_moe.models.mlp import MLPClassifier
+from cl_moe.models.patch_transformer import PatchTransformer
+from cl_moe.models.text_classifier import DecoderClassifier, EncoderClassifier
 
-__all__ = ["ContinualModel", "DecoderLM", "Head", "MLPClassifier"]
+__all__ = [
+    "ContinualModel",
+    "DecoderClassifier",
+    "DecoderLM",
+    "EncoderClassifier",
+    "EncoderLM",
+    "Head",
+    "HuggingFaceLM",
+    "MLPClassifier",
+    "PatchTransformer",
+]

@@ -6,7 +6,7 @@ Legend: B batch, D width, C columns of logits (classes known so far).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -67,13 +67,29 @@ class ContinualModel(nn.Module, ABC):
     def forward(
         self, inputs: Tensor, mask: Tensor | None = None, cohorts: Sequence[int] | None = None
     ) -> tuple[Tensor, dict[int, Routing]]:
-        """Logits over ``head.classes``, and what each expert layer routed, by block index.
+        """Logits over ``head.classes``, and what each expert layer routed, by its index in ``expert_layers``.
+
+        Which tokens went through a block that lets only some of them through stands there too, by the block's
+        ``depth_key``, a negative number: it is no choice among experts and belongs to none of their counts.
 
         Args:
             inputs: one batch of the stream's inputs.
             mask: language only: (B, S) bool, False on padding.
             cohorts: let every expert layer use these cohorts only.
         """
+
+    def pose(
+        self, inputs: Tensor, targets: Tensor, draw: Callable[[], torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
+        """The inputs that the model is shown and the answers it is asked for; by default those of the stream.
+
+        Args:
+            inputs: one batch of the stream's inputs.
+            targets: its targets, ``IGNORE`` on padding.
+            draw: gives a generator (CPU) for what is drawn, seeded by experience and step; the same in every
+                evaluation.
+        """
+        return inputs, targets
 
     @property
     @abstractmethod
@@ -88,3 +104,12 @@ class ContinualModel(nn.Module, ABC):
             for index, layer in enumerate(self.feed_forward)
             if isinstance(layer, ExpertLayer) and len(layer.cohorts) > 0
         }
+
+
+def depth_key(block: int) -> int:
+    """Where a block's Mixture-of-Depths stands among the routings; its own inverse.
+
+    >>> depth_key(0), depth_key(2), depth_key(depth_key(2))
+    (-1, -3, 2)
+    """
+    return -1 - block

@@ -55,6 +55,7 @@ class Step:
         mask: (B, S) bool for language, False on padding; None for classification.
         logits: (B, C) or (B, S, V): before the scenario masks anything.
         routings: by block index.
+        task_loss: scalar, as it stands in the loss.
     """
 
     model: ContinualModel
@@ -63,6 +64,7 @@ class Step:
     mask: Tensor | None
     logits: Tensor
     routings: dict[int, Routing]
+    task_loss: Tensor | None = None
 
 
 class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothing)
@@ -99,6 +101,10 @@ class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothin
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
         return None
+
+    def costs(self, model: ContinualModel) -> dict[str, float]:
+        """Further ``cost/*`` metrics."""
+        return {}
 
     @property
     def buffer_bytes(self) -> int:

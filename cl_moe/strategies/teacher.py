@@ -21,6 +21,7 @@ from cl_moe.errors import InputError
 from cl_moe.losses import distillation_loss
 from cl_moe.models.base import ContinualModel
 from cl_moe.strategies.base import Outlook, Step, Strategy, tensor_bytes
+from cl_moe.stream import IGNORE
 
 
 class Teacher:
@@ -103,8 +104,10 @@ def distill(
     known = old_logits.shape[-1]
     new_logits = step.logits[..., :known].float()
     old_logits = old_logits.float()
-    if step.mask is not None:
-        new_logits, old_logits = new_logits[step.mask], old_logits[step.mask]
+    # No padding; and of what a masked language model answers, only what was hidden.
+    asked = step.targets != IGNORE if step.targets.dim() > 1 else step.mask
+    if asked is not None and not asked.all():
+        new_logits, old_logits = new_logits[asked], old_logits[asked]
     if group_of_class is None:
         return distillation_loss(new_logits, old_logits, temperature)
     task_of_column = group_of_class[step.model.head.classes[:known]]

@@ -125,6 +125,27 @@ def expert_points(record: Record, i: int) -> dict[str, float]:
     return _defined(points)
 
 
+def depth_points(record: Record, i: int) -> dict[str, float]:
+    """Share of real tokens that went through each block at depth, over the experiences trained by point i.
+
+    ``depth/layer_NN/share``, NN the block's index; beside the expert metrics, since passing a block by is no
+    choice among experts.
+    """
+    rows = record.depths[i] if 0 < i < len(record.depths) else {}
+    merged = {block: reduce(ExpertLoad.merge, loads[:i]) for block, loads in rows.items()}
+    return _defined(
+        {
+            f"depth/layer_{numbered(block)}/share": (load.kept / load.count.sum()).item()
+            for block, load in merged.items()
+        }
+    )
+
+
+def all_points(record: Record, i: int) -> dict[str, float]:
+    """Everything of point i: scores, experts, depth."""
+    return stream_points(record, i) | expert_points(record, i) | depth_points(record, i)
+
+
 def load_points(load: ExpertLoad) -> dict[str, float]:
     """The load metrics of one layer, by the last part of their keys; undefined ones are NaN."""
     points = {name: formula(load.score).item() for name, formula in _OF_SCORE.items()}

@@ -5,6 +5,7 @@ Legend: T experiences, row i: after i experiences (row 0: before any training), 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from cl_moe.layers.routing import ExpertLoad
 from cl_moe.stream import Kind
+
+Loads = dict[int, list[ExpertLoad]]
 
 
 @dataclass
@@ -26,6 +29,8 @@ class Record:
         rows: row i of the matrix, (T,) float64, higher is better.
         loads: for each row, ``{block index: [load on experience 0's test data, ...]}``; empty for dense
             models.
+        depths: for each row, the same for blocks that only some tokens go through (Mixture-of-Depths), by
+            block index: ``count`` real tokens, ``kept`` those that went through; empty without such blocks.
         cohorts: for each row, ``{block index: [(size, birth, frozen), ...]}``: experts per cohort, the number
             of experiences trained before its birth, and whether it had stopped learning.
         steps: optimizer steps taken before each row.
@@ -36,8 +41,9 @@ class Record:
     kind: Kind
     names: list[str]
     rows: list[Tensor] = field(default_factory=list)
-    loads: list[dict[int, list[ExpertLoad]]] = field(default_factory=list)
+    loads: list[Loads] = field(default_factory=list)
     cohorts: list[dict[int, list[tuple[int, int, bool]]]] = field(default_factory=list)
+    depths: list[Loads] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     shocks: dict[int, float] = field(default_factory=dict)
     ledger: list[dict[str, Any]] = field(default_factory=list)
@@ -54,17 +60,18 @@ class Record:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain Python only, so that a checkpoint loads with ``weights_only=True``."""
-        loads = [
-            {layer: [tuple(load) for load in per_experience] for layer, per_experience in row.items()}
-            for row in self.loads
-        ]
-        return {**vars(self), "loads": loads}
+        return {**vars(self), "loads": _plain(self.loads), "depths": _plain(self.depths)}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Record:
         """The record that ``state_dict`` described."""
-        loads = [
-            {layer: [ExpertLoad(*load) for load in per_experience] for layer, per_experience in row.items()}
-            for row in state["loads"]
-        ]
-        return cls(**{**state, "loads": loads})
+        loads = {name: _named(state.get(name, [])) for name in ("loads", "depths")}
+        return cls(**{**state, **loads})
+
+
+def _plain(rows: Sequence[Loads]) -> list[dict[int, list[tuple[Tensor, ...]]]]:
+    return [{layer: [tuple(load) for load in loads] for layer, loads in row.items()} for row in rows]
+
+
+def _named(rows: Sequence[dict[int, list[Any]]]) -> list[Loads]:
+    return [{layer: [ExpertLoad(*load) for load in loads] for layer, loads in row.items()} for row in rows]

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from cl_moe.layers.batch_norm import MaskedBatchNorm
+from cl_moe.layers.queries import HeadLayerNorm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -40,3 +42,26 @@ def test_frozen_statistics_rule_in_training_too():
     out = norm.train()(x)
     assert torch.equal(norm.running_mean, before)
     assert torch.equal(out, norm.eval()(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_computed_again_for_gradients_counts_once(reentrant):
+    once, again = MaskedBatchNorm(4), MaskedBatchNorm(4)
+    x = torch.randn(10, 4, requires_grad=True)
+    for _ in range(2):
+        once(x).sin().sum().backward()
+        checkpoint(again, x, use_reentrant=reentrant).sin().sum().backward()
+    for name, value in once.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert torch.equal(once.weight.grad, again.weight.grad)
+
+
+def test_query_layer_norm_is_that_of_torch_for_every_head():
+    norm, theirs = HeadLayerNorm(3, 4), torch.nn.LayerNorm(4)
+    x = torch.randn(5, 12)
+    expected = theirs(x.reshape(5, 3, 4)).reshape(5, 12)
+    torch.testing.assert_close(norm(x), expected)
+    with torch.no_grad():
+        norm.weight.copy_(torch.arange(12.0))
+        norm.bias.fill_(2.0)
+    torch.testing.assert_close(norm(x), expected * torch.arange(12.0) + 2)

@@ -1,11 +1,13 @@
 import pytest
 import torch
 
-from cl_moe.layers import PEER, MoE, Switch, TopK
+from cl_moe.layers import PEER, ExpertChoice, GShard, MoE, Switch, TopK
 
 LAYERS = {
     "switch": lambda: MoE(8, 4, 8, Switch),
     "top_k": lambda: MoE(8, 4, 8, lambda dim: TopK(dim, 2, z_loss=1e-2)),
+    "gshard": lambda: MoE(8, 4, 8, GShard),
+    "expert_choice": lambda: MoE(8, 4, 8, ExpertChoice),
     "peer": lambda: PEER(8, 16, heads=2, k=4),
 }
 

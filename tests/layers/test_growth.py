@@ -2,12 +2,15 @@ import pytest
 import torch
 
 from cl_moe.errors import InputError
-from cl_moe.layers import PEER, DenseFFN, MoE, Switch, fold_load
+from cl_moe.layers import PEER, DenseFFN, ExpertChoice, GShard, MoE, Scores, Switch, TopK, fold_load
 from cl_moe.layers.product_keys import shell_index
 
 LAYERS = {
     "switch": lambda: MoE(8, 4, 8, Switch),
     "top_k": lambda: MoE(8, 4, 8),
+    "loss_free": lambda: MoE(8, 4, 8, lambda dim: TopK(dim, 2, scores=Scores("sigmoid", 1e-3))),
+    "gshard": lambda: MoE(8, 4, 8, GShard),
+    "expert_choice": lambda: MoE(8, 4, 8, ExpertChoice),
     "peer": lambda: PEER(8, 16, heads=2, k=4),
 }
 

@@ -239,7 +239,7 @@ def test_state_names_are_for_life():
         ({"k": 0}, "layer.k"),
         ({"heads": 0}, "layer.heads"),
         ({"key_dim": 7}, "layer.key_dim"),
-        ({"query_norm": "layer"}, "layer.query_norm"),
+        ({"query_norm": "rms"}, "layer.query_norm"),
         ({"activation": "tanh"}, "layer.activation"),
     ],
 )

@@ -4,11 +4,16 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from cl_moe.layers import PEER, MoE, Switch, TopK
+from cl_moe.layers import PEER, MoE, Scores, StepLoads, Switch, TopK
+
+NAMES = ("switch", "top_k", "loss_free", "peer")
 
 
 def losses(layer, x):
     out, routing = layer(x)
+    loads = StepLoads()
+    loads.add({0: layer}, {0: routing})
+    loads.apply({0: layer})  # moves a buffer, which the test compares
     # a mean over tokens, so that the average over ranks of the ranks' losses is the loss of the whole batch
     return out.square().mean() + sum(routing.losses.values())
 
@@ -17,6 +22,8 @@ def build(name):
     torch.manual_seed(0)
     if name == "peer":
         return PEER(8, 16, heads=2, k=3)
+    if name == "loss_free":
+        return MoE(8, 4, 8, lambda dim: TopK(dim, 2, scores=Scores("sigmoid", 1e-3)))
     return MoE(8, 4, 8, (lambda dim: Switch(dim, jitter=0, balance=1.0)) if name == "switch" else TopK)
 
 
@@ -26,7 +33,7 @@ def work(rank, folder):
     dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
     x = torch.load(os.path.join(folder, "x.pt"))
     results = {}
-    for name in ("switch", "top_k", "peer"):
+    for name in NAMES:
         layer = build(name)
         losses(layer, x[rank * 3 : rank * 3 + 3]).backward()
         for parameter in layer.parameters():
@@ -42,7 +49,7 @@ def test_two_ranks_learn_what_one_learns_from_the_whole_batch(tmp_path):
     torch.save(x, tmp_path / "x.pt")
     multiprocessing.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method="fork")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for name in ("switch", "top_k", "peer"):
+    for name in NAMES:
         layer = build(name)
         losses(layer, x).backward()
         for rank in ranks:

@@ -10,7 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 FILES = sorted((Path(__file__).parents[2] / "conf" / "stream").glob("*.yaml"))
-MINE = [path for path in FILES if path.stem in ("split_digits", "permuted_digits", "text_domains")]
+NAMES = ("split_digits", "permuted_digits", "text_domains", "split_texts")
+MINE = [path for path in FILES if path.stem in NAMES]
 SEEDS = {"seed": "${seed.order}", "data_seed": "${seed.data}"}
 
 
@@ -46,6 +47,7 @@ def test_it_builds_through_hydra(path: Path) -> None:
         "split_digits": [1, 0, *range(2, 10)],
         "permuted_digits": [4, 3, 2, 1, 0],
         "text_domains": ["python_code", "bible_en", "novels_en"],
+        "split_texts": list(config.stream.get("domains", []))[::-1],
     }[path.stem]
     again = [item.name for item in instantiate(config.stream)]
     assert again != names

@@ -1,0 +1,76 @@
+"""Dropless top-k.
+
+Legend: T tokens, D width, K choices per token, C candidates, n experts of one cohort.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from cl_moe.layers.precision import wide
+from cl_moe.layers.routers.base import (
+    Candidates,
+    Router,
+    check_coefficients,
+    check_k,
+    check_option,
+    real_tokens,
+    router_logits,
+    token_choice,
+    uniform_keys,
+)
+from cl_moe.layers.routers.scores import Scores
+from cl_moe.layers.routing import Routing, Tokens
+
+
+class TopK(Router):
+    """The k best experts of every token, none dropped (dropless top-k; 1701.06538, equations 3 to 5).
+
+    Ties go to the oldest expert. With k = 1 and ``normalize="selected"`` every gate is 1, so that the task's
+    loss does not reach the router: take ``"all"`` there.
+
+    Args:
+        dim: D.
+        k: experts per token, 1 <= k <= experts.
+        normalize: gates sum to 1 over the ``"selected"`` k, or are the scores as they are over ``"all"``
+            experts (softmax before the choice; a plain sigmoid with sigmoid scores).
+        balance: weight of the load balancing loss, >= 0; its value at uniform.
+        z_loss: weight of the router z-loss, >= 0.
+        scores: softmax or sigmoid, and loss-free balancing; None: softmax without.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        k: int = 2,
+        normalize: Literal["selected", "all"] = "selected",
+        balance: float = 1e-2,
+        z_loss: float = 0.0,
+        scores: Scores | None = None,
+    ) -> None:
+        super().__init__()
+        check_option("normalize", normalize, ("selected", "all"))
+        check_coefficients(balance=balance, z_loss=z_loss)
+        self.dim, self.k, self.normalize = dim, k, normalize
+        self.balance, self.z_loss = balance, z_loss
+        self.scores = scores or Scores()
+
+    def forward(self, tokens: Tokens, candidates: Candidates) -> Routing:
+        """K pairs per token, (T, K), best first; ``kept`` is False on padding only."""
+        logits_TC = router_logits(wide(tokens.x), candidates)
+        self.check_num_experts(logits_TC.shape[1])
+        choice_TK = self.scores.choose(logits_TC, self.k, candidates.bias)
+        gate_TK = self.scores.gates(logits_TC, choice_TK, normalize=self.normalize == "selected")
+        kept_TK = real_tokens(tokens, choice_TK)
+        losses = self.losses(logits_TC, choice_TK, tokens.valid, candidates.live)
+        return token_choice(tokens, candidates, logits_TC, choice_TK, gate_TK, kept_TK, losses)
+
+    def init_keys(self, key_nD: Tensor) -> None:
+        """U(+-1/sqrt(D)), like ``nn.Linear``."""
+        uniform_keys(key_nD)
+
+    def check_num_experts(self, num_experts: int) -> None:
+        """At least k."""
+        check_k(self.k, num_experts)

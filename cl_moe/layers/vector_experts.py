@@ -1,0 +1,88 @@
+"""Experts made of single vectors, summed cohort by cohort, without a loop over experts.
+
+Legend: T tokens, D width, K choices per token, P pairs of one cohort, n experts of one cohort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from cl_moe.layers.key_cohort import KeyCohort
+from cl_moe.layers.pair_ops import own_pairs, table_dot, table_sum
+from cl_moe.layers.pairs import Pairs, pair_dot, pair_sum, regular_pairs
+from cl_moe.layers.precision import wide
+from cl_moe.layers.routing import Routing
+
+Dot = Callable[[str], Tensor]
+Coefficients = Callable[[Dot, Tensor], Tensor]
+
+
+class Part(NamedTuple):
+    """One cohort's share of a regular choice.
+
+    Args:
+        cohort: its tables.
+        first: the id of its first expert.
+        columns: which of the K choices are all of this cohort; None: they have to be looked for.
+    """
+
+    cohort: KeyCohort
+    first: int
+    columns: slice | None
+
+
+def expert_sum(x_TD: Tensor, routing: Routing, parts: Sequence[Part], coefficients: Coefficients) -> Tensor:
+    """(T, D): for every token the sum over its choices of coefficient x ``v`` of the expert.
+
+    Args:
+        x_TD: (T, D) float32 or float64.
+        routing: a regular choice, of experts of ``parts`` only.
+        parts: the cohorts in use, oldest first.
+        coefficients: given ``dot``, where ``dot("u")`` is u . x of every choice, and the gating weights,
+            returns what each choice multiplies its ``v`` by.
+    """
+    if torch.compiler.is_compiling():
+        return _compiled_sum(x_TD, routing, parts, coefficients)
+    outs = [_part_sum(x_TD, routing, part, coefficients) for part in parts]
+    if len(outs) == 1:
+        return outs[0]
+    out_TD = torch.zeros_like(x_TD)
+    for part_TD in outs:
+        out_TD = out_TD + part_TD
+    return out_TD
+
+
+def _part_sum(x_TD: Tensor, routing: Routing, part: Part, coefficients: Coefficients) -> Tensor:
+    pairs, weight_P = _pairs_of(part, routing)
+
+    def dot(name: str) -> Tensor:
+        return pair_dot(x_TD, wide(getattr(part.cohort, name)), pairs)
+
+    return pair_sum(coefficients(dot, weight_P), wide(cast(Tensor, part.cohort.v)), pairs)
+
+
+def _pairs_of(part: Part, routing: Routing) -> tuple[Pairs, Tensor]:
+    num_experts = part.cohort.num_experts
+    if part.columns is None:
+        at_P, pairs = own_pairs(routing.expert, part.first, num_experts)
+        return pairs, routing.weight.reshape(-1).index_select(0, at_P)
+    pairs = regular_pairs(routing.expert[:, part.columns] - part.first, num_experts)
+    return pairs, routing.weight[:, part.columns].reshape(-1)
+
+
+def _compiled_sum(
+    x_TD: Tensor, routing: Routing, parts: Sequence[Part], coefficients: Coefficients
+) -> Tensor:
+    firsts = [part.first for part in parts]
+
+    def tables(name: str) -> list[Tensor]:
+        return [wide(getattr(part.cohort, name)) for part in parts]
+
+    def dot(name: str) -> Tensor:
+        return table_dot(x_TD, tables(name), routing.expert, firsts)
+
+    return table_sum(coefficients(dot, routing.weight), tables("v"), routing.expert, firsts)
