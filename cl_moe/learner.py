@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cl_moe.errors import InputError, RunFailedError
 from cl_moe.growth.adapt import Event, replay
-from cl_moe.layers.routing import fold_load
+from cl_moe.layers import ExpertLayer, StepLoads, fold_load
 from cl_moe.lean import LeanModule
 from cl_moe.metrics import ExperienceScores, ExpertLoads
 from cl_moe.models.base import ContinualModel
@@ -66,6 +66,8 @@ class Learner(LeanModule):
         self.column_of_class = torch.full((stream.num_classes,), -1)
         self.scores: ExperienceScores | None = None
         self.loads: ExpertLoads | None = None
+        self._step_loads = StepLoads()
+        self._balancing: dict[int, ExpertLayer] = {}  # layers that balance without a loss
         self.batches = 0  # of this experience that were trained
         self._restart: dict[str, Any] | None = None  # what a restart inside an experience goes on with
         self._in_order = False  # whether a class is its own column, which spares a look-up in every step
@@ -99,6 +101,7 @@ class Learner(LeanModule):
         torch.manual_seed(derive_seed(self.seed, self.experience.index, "train"))
         self.place_classes()
         self.batches = 0
+        self._balancing = {i: layer for i, layer in self.model.expert_layers.items() if layer.wants_load}
         for strategy in self.strategies.values():
             strategy.begin(self.outlook())
         if self._restart is not None:
@@ -118,6 +121,7 @@ class Learner(LeanModule):
         terms = {"task_loss": self.task_loss(logits, targets)}
         for routing in routings.values():
             _add_terms(terms, routing.losses)
+        self._step_loads.add(self._balancing, routings)
         if self._loss_hooks:
             step = Step(self.model, inputs, targets, mask, logits, routings, terms["task_loss"])
             for strategy in self._loss_hooks:
@@ -147,6 +151,7 @@ class Learner(LeanModule):
         """Let strategies work on the gradients."""
         for strategy in self._gradient_hooks:
             strategy.gradients(self.model)
+        self._step_loads.apply(self._balancing)
 
     def on_train_end(self) -> None:
         """Refuse broken weights, close the strategies, keep the optimizer's state by name."""

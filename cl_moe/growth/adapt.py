@@ -74,19 +74,27 @@ def adapt(
     return events
 
 
-def check_growth(model: ContinualModel, schedule: GrowthSchedule) -> None:
+def check_growth(model: ContinualModel, schedule: GrowthSchedule, num_experiences: int) -> None:
     """Refuse, before any training, a growth that the model's layers could not carry out.
+
+    Args:
+        model: as it starts.
+        schedule: asked what it would do before each experience.
+        num_experiences: of the stream.
 
     Raises:
         InputError: there are no expert layers, or one of them cannot take a cohort of such a size.
     """
     if schedule.sizes and not model.expert_layers:
         raise InputError(
-            got="growth of a model without experts", allowed="layer=moe or peer, or growth=never", key="layer"
+            got="growth of a model without experts",
+            allowed="layer=moe, peer or pkm, or growth=never",
+            key="layer",
         )
+    plan = [schedule.newborns(Census(index, {})) for index in range(num_experiences)]
+    plan = [size for size in plan if size]
     for layer in model.expert_layers.values():
-        for size in schedule.sizes:
-            layer.check_growth(size, schedule.init)
+        layer.check_growths(plan, schedule.init)
         if schedule.sizes and schedule.hidden is not None:
             layer.check_hidden(schedule.hidden, schedule.init)
 
@@ -117,7 +125,7 @@ def apply(model: ContinualModel, event: Event, loads: Mapping[int, Tensor | None
         model.expert_layers[event["layer"]].freeze(event["cohorts"], shared=event["shared"])
     elif event["act"] == "grow":
         layer = model.expert_layers[event["layer"]]
-        # only layers whose experts have a hidden width take one, and the ledger names it only where it differs
+        # only layers whose experts have a hidden width take one; the ledger names it only where it differs
         options = {name: event[name] for name in ("init", "noise", "hidden") if name in event}
         layer.grow(event["num_experts"], load=loads.get(event["layer"]), **options)
     else:

@@ -200,6 +200,11 @@ class ExpertLayer(nn.Module, ABC):
             raise InputError(got=f"cohorts={list(cohorts)}", allowed="at least one, each once", key="cohorts")
         return chosen
 
+    def check_growths(self, sizes: Sequence[int], init: str) -> None:
+        """Refuse a plan of growths, one after the other, of which some could not be carried out."""
+        for size in sizes:
+            self.check_growth(size, init)
+
     def check_growth(self, num_experts: int, init: str, load: Tensor | None = None) -> None:
         """Refuse a growth that this layer could not do; asked before training, and again by ``grow``."""
         if num_experts < 1:

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from cl_moe.growth import Census, FreezePolicy, GrowthSchedule
 from cl_moe.growth.adapt import Event, adapt, take_census
-from cl_moe.layers import PEER, DenseFFN, MoE, Switch, TopK
+from cl_moe.layers import PEER, PKM, DenseFFN, MoE, Switch, TopK
 from cl_moe.models import ContinualModel, MLPClassifier
 from cl_moe.seeds import generator, seeded
 from cl_moe.stream import Experience, Stream
@@ -21,6 +21,7 @@ LAYERS = {
     "moe": partial(MoE, num_experts=4, hidden=8, router=partial(TopK, k=2)),
     "switch": partial(MoE, num_experts=4, hidden=8, router=Switch),
     "peer": partial(PEER, num_experts=16, heads=2, k=4, key_dim=8),
+    "pkm": partial(PKM, num_experts=16, heads=2, k=4, key_dim=8),
     "dense": DenseFFN,
 }
 

@@ -169,18 +169,18 @@ def test_new_classes_alone_are_enough_to_learn(new_model) -> None:
 def test_a_dense_model_does_not_grow(new_model) -> None:
     model = new_model("dense")
     with pytest.raises(InputError) as caught:
-        check_growth(model, EveryExperience(2))
+        check_growth(model, EveryExperience(2), 3)
     assert caught.value.key == "layer"
-    check_growth(model, NeverGrow())
+    check_growth(model, NeverGrow(), 3)
 
 
 def test_a_size_that_a_layer_cannot_take_is_refused_before_training(new_model) -> None:
     model = new_model("peer")
     for wrong in (At({1: 3}), At({1: 10_000}, init="copy")):
         with pytest.raises(InputError) as caught:
-            check_growth(model, wrong)
+            check_growth(model, wrong, 3)
         assert caught.value.key == "growth.num_experts"
-    check_growth(model, At({1: 10_000}, init="fresh"))
+    check_growth(model, At({1: 10_000}, init="fresh"), 3)
 
 
 def test_an_unknown_act_in_a_ledger_is_an_error(new_model) -> None:

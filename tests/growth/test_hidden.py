@@ -38,9 +38,9 @@ def test_a_ledger_without_a_width_is_as_it_was(new_model, grow) -> None:
 )
 def test_a_width_that_cannot_be_is_refused_before_training(layer, schedule, new_model) -> None:
     with pytest.raises(InputError) as error:
-        check_growth(new_model(layer), schedule)
+        check_growth(new_model(layer), schedule, 3)
     assert error.value.key == "growth.hidden"
-    check_growth(new_model("moe"), EveryExperience(2, "copy", hidden=8))
+    check_growth(new_model("moe"), EveryExperience(2, "copy", hidden=8), 3)
 
 
 @pytest.mark.parametrize("hidden", [0, -1, 1.5, True, "8"])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cl_moe.layers import PEER, ExpertChoice, GShard, MoE, Switch, TopK
+from cl_moe.layers import PEER, PKM, ExpertChoice, GShard, MoE, Switch, TopK
 
 LAYERS = {
     "switch": lambda: MoE(8, 4, 8, Switch),
@@ -9,6 +9,7 @@ LAYERS = {
     "gshard": lambda: MoE(8, 4, 8, GShard),
     "expert_choice": lambda: MoE(8, 4, 8, ExpertChoice),
     "peer": lambda: PEER(8, 16, heads=2, k=4),
+    "pkm": lambda: PKM(8, 16, heads=2, k=4),
 }
 
 
@@ -33,7 +34,7 @@ def test_frozen_is_frozen_and_the_rest_learns(name, shared):
     layer.freeze([0], shared=shared)
     assert layer.frozen_cohorts == (True, False)
     frozen = dict(layer.cohorts[0].state_dict(prefix="cohorts.0."))
-    if shared and isinstance(layer, PEER):
+    if shared and isinstance(layer, PEER | PKM):
         frozen |= layer.query.state_dict(prefix="query.") | layer.query_norm.state_dict(prefix="query_norm.")
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     optimizer.step()  # before any zero_grad: a stale gradient would still move it

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from cl_moe.errors import InputError
-from cl_moe.layers import PEER, DenseFFN, ExpertChoice, GShard, MoE, Scores, Switch, TopK, fold_load
+from cl_moe.layers import PEER, PKM, DenseFFN, ExpertChoice, GShard, MoE, Scores, Switch, TopK, fold_load
 from cl_moe.layers.product_keys import shell_index
 
 LAYERS = {
@@ -12,6 +12,7 @@ LAYERS = {
     "gshard": lambda: MoE(8, 4, 8, GShard),
     "expert_choice": lambda: MoE(8, 4, 8, ExpertChoice),
     "peer": lambda: PEER(8, 16, heads=2, k=4),
+    "pkm": lambda: PKM(8, 16, heads=2, k=4),
 }
 
 
@@ -56,7 +57,7 @@ def test_zero_output_newborns_add_nothing(layer):
     assert routing.kept.any()
     out, _ = layer(torch.randn(50, 8))
     out.sum().backward()
-    name = "v" if isinstance(layer, PEER) else "w_out"
+    name = "v" if isinstance(layer, PEER | PKM) else "w_out"
     assert layer.cohorts[1].get_parameter(name).grad.abs().max() > 0
 
 
