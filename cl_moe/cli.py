@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cl_moe import failures
 from cl_moe.arguments import rewritten
 from cl_moe.errors import InputError, RunFailedError, StopRequestedError
-from cl_moe.stopping import listening
+from cl_moe.stopping import behind, listening
 
 INPUT_WRONG, FAILED, INTERRUPTED, STOPPED = 2, 1, 130, 75
 
@@ -48,6 +48,8 @@ def _task(config: DictConfig) -> float:
     try:
         return launch.run(config)
     except Exception as error:
+        if (stop := behind(error)) is not error:
+            raise stop from error
         if hydra_config.mode != RunMode.MULTIRUN:
             _leave_nothing_but_results(hydra_config)
             raise _JobFailed(error) from error
@@ -97,6 +99,7 @@ def _run(arguments: list[str], show_traceback: bool) -> int:
         return 0
     except (Exception, KeyboardInterrupt, StopRequestedError) as raised:
         error = raised
+    error = behind(error)
     if show_traceback:
         raise error
     status, message = explain(error, arguments)

@@ -217,8 +217,10 @@ class Run:
         self.watchdog.alive()
 
     def _between_tests(self) -> None:
-        """Nothing of a run changes in an evaluation, so it may end there at any time."""
+        """Nothing of a run changes in an evaluation, so it may be saved and end there at any time."""
         self.watchdog.alive()
+        if self.trained and stopping.asked():
+            self._save(Moment(self.boundary, self.learner.batches))
         stopping.obey()
 
     def _between_steps(self) -> None:
@@ -292,8 +294,6 @@ class Run:
 
     def _fail(self, error: BaseException) -> None:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit | StopRequestedError)
-        if isinstance(error, StopRequestedError) and self.trained:
-            self._save(Moment(self.boundary, self.learner.batches))
         self.tracker.tag("failure", f"{type(error).__name__} at step {self.trainer.global_step}: {error}")
         self.tracker.finish("stopped" if stopped else "failed")
         saved = None if self.saved is None else ending.where(self.saved, len(self.stream))

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cl_moe.errors import StopRequestedError
+from cl_moe.errors import InputError, RunFailedError, StopRequestedError
 
 _noted: signal.Signals | None = None
 _deferring = False
@@ -60,6 +60,16 @@ def obey() -> None:
     """
     if _noted is not None:
         raise StopRequestedError(keyboard=_noted == signal.SIGINT)
+
+
+def behind(error: BaseException) -> BaseException:
+    """The request to stop that an error hides, or the error: an interrupted clean-up may fail by itself."""
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, InputError | RunFailedError):
+        if isinstance(link, StopRequestedError | KeyboardInterrupt):
+            return link
+        link = link.__cause__ or link.__context__
+    return error
 
 
 def _hear(number: int, _: object) -> None:
