@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
 from cl_moe.errors import InputError
-from cl_moe.schema import COMMAND
+from cl_moe.folder import COMMAND, mapping, read_command, store_of
+from cl_moe.tracking.store import find_run
 
 SWEEP = "multirun.yaml"
 """In a sweep's folder: Hydra's own record of its command."""
-BESIDE_RESUME = ("resume", "auto_resume", "checkpoint")
-"""Keys that say how a run survives, not what it is: they may change when it goes on."""
+BESIDE_RESUME = ("resume", "auto_resume", "checkpoint", "tracking.uri")
+"""Keys that say how and where a run is kept, not what it is: they may change when it goes on."""
 _NEVER_INHERITED = ("resume", "auto_resume", "output_dir", "hydra", "branch")
 _SAME_ARM = (*_NEVER_INHERITED, "checkpoint", "tracking", "seed", "mlflow_experiment")
-_FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
+_FLAGS_WITH_VALUE = (
+    *("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p"),
+    *("--cfg", "-c", "--experimental-rerun"),
+)
+_INFO = ("--info", "-i")  # their value may be left out
 
 
 def rewritten(arguments: list[str]) -> list[str]:
@@ -65,7 +70,7 @@ def branch_point(text: str, *uri: str) -> tuple[Path, int]:
             allowed="<run id or run folder>@<whole number>: so many experiences the child shares",
             key="branch",
         )
-    return _folder(name, f"branch={text}", "branch", *uri), int(number)
+    return _folder("branch", name, f"@{number}", *uri), int(number)
 
 
 def quoted(text: str) -> str:
@@ -75,38 +80,41 @@ def quoted(text: str) -> str:
 
 def _resumed(arguments: list[str], name: str) -> list[str]:
     """Those of the run, or the sweep, to go on with, in its own folder."""
-    folder = _folder(name, f"resume={name}", "resume", *_uri(arguments))
-    flags = _flags(arguments)
+    folder = _folder("resume", name, "", *_uri(arguments))
     if not (folder / COMMAND).is_file():
-        return _resumed_sweep(arguments, flags, folder)
+        return _resumed_sweep(arguments, folder)
     if _is_sweep(arguments):
         raise InputError(
             got="resume of one run in a multirun",
             allowed="one run at a time, by its own folder or run id, or the folder of a whole sweep",
             key="resume",
         )
-    command = _load(folder / COMMAND)
-    known = _known_and_given(arguments, flags, map(str, command["overrides"]))
+    command, (flags, given) = read_command(folder, "resume"), _split(arguments)
+    known = _known_and_given(given, command.overrides)
     known = _without(known, "output_dir")  # it may be relative to another folder
+    if not _uri(arguments):
+        known = _with_store(known, store_of(folder, "resume"))
     own = (f"{key}={quoted(str(folder))}" for key in ("resume", "hydra.run.dir", "output_dir"))
-    return [*_with_config_dir(flags, command["config_dir"]), *known, *own, "hydra.output_subdir=null"]
+    return [*_with_config_dir(flags, command.config_dir), *known, *own]
 
 
-def _resumed_sweep(arguments: list[str], flags: list[str], folder: Path) -> list[str]:
+def _resumed_sweep(arguments: list[str], folder: Path) -> list[str]:
+    flags, given = _split(arguments)
     try:
-        hydra = _load(folder / SWEEP)["hydra"]
+        hydra = (mapping(folder / SWEEP) or {})["hydra"]
         config_dirs = [
             s["path"] for s in hydra["runtime"]["config_sources"] if s["provider"] == "command-line"
         ]
         task, own = map(str, hydra["overrides"]["task"]), map(str, hydra["overrides"]["hydra"])
         begun_in = Path(hydra["runtime"]["cwd"])
-    except Exception as error:  # errors of YAML have no other base
+    except (LookupError, TypeError, AttributeError) as error:
         raise InputError(
             got=f"{folder / SWEEP}, which does not hold the whole command",
-            allowed=f"the sweep's own command with hydra.sweep.dir={folder}: finished jobs are skipped",
+            allowed=f"the sweep's own command with {shlex.quote(f'hydra.sweep.dir={folder}')}: "
+            "finished jobs are skipped",
             key="resume",
         ) from error
-    known = _known_and_given(arguments, [*flags, "hydra.mode=MULTIRUN"], [*task, *own])
+    known = _known_and_given([word for word in given if word != "hydra.mode=MULTIRUN"], [*task, *own])
     if any(_key(word) == "output_dir" for word in known) and begun_in != Path.cwd():
         raise InputError(
             got=f"a sweep with an output_dir of its own that began in {begun_in}, resumed in {Path.cwd()}",
@@ -118,22 +126,30 @@ def _resumed_sweep(arguments: list[str], flags: list[str], folder: Path) -> list
     written = _value(known, "hydra.sweep.dir") or str(near)
     place = written if Path(written).resolve() == folder else str(folder)
     known = _without(known, "hydra.sweep.dir", "hydra.mode")
+    if begun_in != Path.cwd() and not _uri(arguments):
+        stores = {store_of(path.parent, "resume") for path in sorted(folder.rglob(COMMAND))}
+        known = _with_store(known, stores.pop() if len(stores) == 1 else None)
     flags = _with_config_dir(flags, *config_dirs)
     many = [] if _is_sweep(flags) else ["--multirun"]
     return [*flags, *many, *known, f"hydra.sweep.dir={quoted(place)}"]
 
 
-def _known_and_given(arguments: list[str], flags: list[str], stored: Iterable[str]) -> list[str]:
+def _with_store(known: list[str], uri: str | None) -> list[str]:
+    """The arguments with the store in which the run began; they may name it relative to another folder."""
+    return [*_without(known, "tracking.uri"), f"tracking.uri={quoted(uri)}"] if uri else known
+
+
+def _known_and_given(arguments: list[str], stored: Iterable[str]) -> list[str]:
     """The stored arguments of a run, and of those beside ``resume`` what may change; the rest is refused."""
     known, given = _without(stored, "resume"), _without(arguments, "resume")
     for word in given:
-        if word not in flags and word not in known and not _is_under(_key(word), BESIDE_RESUME):
+        if word not in known and not is_under(_key(word), BESIDE_RESUME):
             raise InputError(
                 got=f"{word} beside resume",
                 allowed="nothing else, or the run's own arguments: " + (" ".join(known) or "(none)"),
                 key=_key(word),
             )
-    changed = [word for word in given if word not in flags and _is_under(_key(word), BESIDE_RESUME)]
+    changed = [word for word in given if is_under(_key(word), BESIDE_RESUME)]
     return [*_without(known, *map(_key, changed)), *changed]
 
 
@@ -144,17 +160,13 @@ def _branched(arguments: list[str], text: str) -> list[str]:
         raise InputError(
             got=f"branch={text}, the folder of a sweep", allowed="the folder of one of its jobs", key="branch"
         )
-    command, flags = _load(folder / COMMAND), _flags(arguments)
-    given = _without([word for word in arguments if word not in flags], "branch")
+    command, (flags, given) = read_command(folder, "branch"), _split(arguments)
+    given = _without(given, "branch")
     keys = [_key(word) for word in given]
-    inherited = [
-        word
-        for word in map(str, command["overrides"])
-        if not _is_under(_key(word), (*keys, *_NEVER_INHERITED))
-    ]
-    if not all(_is_under(key, _SAME_ARM) for key in keys):
+    inherited = [word for word in command.overrides if not is_under(_key(word), (*keys, *_NEVER_INHERITED))]
+    if not all(is_under(key, _SAME_ARM) for key in keys):
         inherited = _without(inherited, "arm")
-    flags = _with_config_dir(flags, command["config_dir"])
+    flags = _with_config_dir(flags, command.config_dir)
     return [*flags, *inherited, *given, f"branch={quoted(f'{folder}@{boundary}')}"]
 
 
@@ -173,34 +185,42 @@ def _with_lasting_folder(arguments: list[str]) -> list[str]:
     if any(_key(word) in given for word in arguments):
         return arguments
     digest = hashlib.sha256("\0".join(arguments).encode(errors="surrogateescape")).hexdigest()
-    return [*arguments, f"{key}={root}/auto-{digest[:12]}"]
+    flags, overrides = _split(arguments)
+    return [*flags, *overrides, f"{key}={root}/auto-{digest[:12]}"]
 
 
-def _folder(name: str, got: str, key: str, *uri: str) -> Path:
-    """The folder of a run or a sweep, given as such or as a run id."""
-    folder = Path(name)
+def _folder(key: str, name: str, rest: str, *uri: str) -> Path:
+    """The folder of a run or a sweep, given as such or as a run id, with ``rest`` behind it."""
+    folder, known = Path(name), False
     if not folder.is_dir():
-        from cl_moe.tracking.store import find_run
-
-        try:
-            folder = Path(find_run(name, *uri)["output_dir"])
-        except (InputError, KeyError):
-            folder = Path(name)
+        with suppress(InputError, KeyError):
+            folder, known = Path(find_run(name, *uri)["output_dir"]), True
     if not any((folder / file).is_file() for file in (COMMAND, SWEEP)):
-        raise InputError(
-            got=got,
-            allowed="the output folder of a run of cl-moe, or a run id of the MLflow store tracking.uri",
-            key=key,
+        got, allowed = (
+            f"{key}={name}{rest}",
+            "the output folder of a run of cl-moe, or a run id of the MLflow ",
         )
+        allowed += "store tracking.uri"
+        if known:
+            got += f", a run that the store knows, but not in its folder {folder}"
+            allowed = f"{key}=<the folder where that run is now>{rest}"
+        raise InputError(got=got, allowed=allowed, key=key)
     return folder.resolve()
 
 
 def _value(arguments: Iterable[str], key: str) -> str | None:
-    """The last value given to a key, without its quotes; None for none and for null."""
+    """The last value given to a key, without its quotes; None for none and for null.
+
+    Raises:
+        InputError: an empty value, or several.
+    """
     given = [word for word in arguments if _key(word) == key and "=" in word]
     if not given:
         return None
     text = given[-1].partition("=")[2]
+    name = text.rpartition("@")[0] if key == "branch" else text
+    if key in ("resume", "branch") and name and name.lower() != "null" and Path(name).is_dir():
+        return text  # with characters that mean something to Hydra, maybe
     try:
         override = OverridesParser.create().parse_override(f"{key}={text}")
     except HydraException:
@@ -208,8 +228,10 @@ def _value(arguments: Iterable[str], key: str) -> str | None:
     if override.is_sweep_override():
         raise InputError(got=given[-1], allowed=f"one value; a sweep is over other keys than {key}", key=key)
     value = override.value()
-    if value is None or value == "":
+    if value is None:
         return None
+    if value == "":
+        raise InputError(got=given[-1], allowed="a value, or null for none", key=key)
     return value if isinstance(value, str) else text  # a run id may look like a number
 
 
@@ -218,13 +240,20 @@ def _uri(arguments: Iterable[str]) -> list[str]:
     return [] if uri is None else [uri]
 
 
-def _flags(arguments: list[str]) -> list[str]:
-    """Hydra's own flags among the arguments, each with the value that follows it."""
-    return [
-        word
-        for before, word in zip(["", *arguments], arguments, strict=False)
-        if word.startswith("-") or before in _FLAGS_WITH_VALUE
-    ]
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra's own flags, each with the value that follows it; and the others.
+
+    Flags shall stand first: Hydra refuses arguments on both sides of one.
+    """
+    flags, others = list[str](), list[str]()
+    for before, word, after in zip(["", *arguments], arguments, [*arguments[1:], ""], strict=False):
+        if word in _INFO and (not after or "=" in after or after.startswith("-")):
+            flags.append("--info=all")  # what it means, and takes no other argument for its value
+        elif word.startswith("-") or before in _FLAGS_WITH_VALUE or (before in _INFO and "=" not in word):
+            flags.append(word)
+        else:
+            others.append(word)
+    return flags, others
 
 
 def _with_config_dir(flags: list[str], *stored: str | None) -> list[str]:
@@ -242,14 +271,10 @@ def _key(argument: str) -> str:
     return argument.partition("=")[0].lstrip("+~")
 
 
-def _is_under(key: str, places: Iterable[str]) -> bool:
+def is_under(key: str, places: Iterable[str]) -> bool:
     """Whether a key is one of the places, or stands below one of them."""
     return any(key == place or key.startswith((f"{place}.", f"{place}/")) for place in places)
 
 
 def _without(words: Iterable[str], *keys: str) -> list[str]:
     return [word for word in words if _key(word) not in keys]
-
-
-def _load(path: Path) -> Any:
-    return OmegaConf.to_container(OmegaConf.load(path))

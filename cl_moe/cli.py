@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -29,6 +28,7 @@ from cl_moe.arguments import rewritten
 from cl_moe.errors import InputError, RunFailedError, StopRequestedError
 from cl_moe.stopping import behind, listening
 
+STOPPED_AT_THE_START = "stopped on request while starting; the same command starts again"
 INPUT_WRONG, FAILED, INTERRUPTED, STOPPED = 2, 1, 130, 75
 
 
@@ -104,20 +104,16 @@ def _run(arguments: list[str], show_traceback: bool) -> int:
         raise error
     status, message = explain(error, arguments)
     if not getattr(error, "was_said", False):
-        print(message, file=sys.stderr)
+        with suppress(OSError):  # nobody reads it any more
+            print(message, file=sys.stderr)
     return status
 
 
 def explain(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
     """Exit status and message of an error; configuration errors are the user's, the rest is a failed run."""
-    if isinstance(error, KeyboardInterrupt):
-        return (
-            INTERRUPTED,
-            "stopped by the keyboard; finished experiences are kept, resume=<run folder> goes on",
-        )
-    if isinstance(error, StopRequestedError):
-        status = INTERRUPTED if error.keyboard else STOPPED
-        return status, str(error) or "stopped on request, before anything was trained"
+    if isinstance(error, KeyboardInterrupt | StopRequestedError):
+        by_keyboard = isinstance(error, KeyboardInterrupt) or error.keyboard
+        return INTERRUPTED if by_keyboard else STOPPED, str(error) or STOPPED_AT_THE_START
     cause = error
     while not isinstance(cause, InputError | RunFailedError) and cause.__cause__ is not None:
         cause = cause.__cause__
@@ -182,11 +178,7 @@ def _leave_nothing_but_results(hydra_config: HydraConf) -> None:
     if any(str(word).startswith("hydra.run.dir=") for word in hydra_config.overrides.hydra):
         return
     here, folder = Path.cwd(), Path(hydra_config.runtime.output_dir)
-    record = folder / str(hydra_config.output_subdir)
-    if not record.is_dir() or [*folder.iterdir()] != [record]:
-        return
-    shutil.rmtree(record)
-    while here in folder.parents and not any(folder.iterdir()):
+    while here in folder.parents and folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
         folder = folder.parent
 

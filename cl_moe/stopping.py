@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from cl_moe.errors import InputError, RunFailedError, StopRequestedError
 
@@ -81,4 +81,5 @@ def _hear(number: int, _: object) -> None:
         return  # a scheduler that repeats itself; what it asked for is on its way
     if not _deferring:
         raise StopRequestedError
-    print("stopping: the state is being saved (Ctrl-C: at once, without it)", file=sys.stderr)
+    with suppress(Exception):  # whoever read it may be gone, or be reading a line that is half written
+        print("stopping when this step is done and saved (Ctrl-C: at once)", file=sys.stderr, flush=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from cl_moe import launch, stopping
 from cl_moe.errors import InputError, RunFailedError, StopRequestedError
+from cl_moe.progress import StreamProgress
 
 
 def send(number: int) -> None:
@@ -37,7 +40,7 @@ def test_a_run_obeys_where_it_can_save(number: int, capsys: pytest.CaptureFixtur
         with pytest.raises(StopRequestedError) as stopped:
             stopping.obey()
     assert stopped.value.keyboard == (number == signal.SIGINT)
-    assert "the state is being saved" in capsys.readouterr().err
+    assert "when this step is done" in capsys.readouterr().err
 
 
 def test_a_second_ctrl_c_does_not_wait_and_a_second_sigterm_does():
@@ -100,5 +103,31 @@ def test_a_stop_that_was_hidden_ends_with_its_status(
     monkeypatch.setattr(launch, "build", broken)
     done = command(*words, "tracking=none", "hydra.run.dir=out", "hydra.sweep.dir=sweep")
     assert done.status == 75
-    assert done.text.splitlines()[-1] == "stopped on request, before anything was trained"
+    assert done.text.splitlines()[-1] == "stopped on request while starting; the same command starts again"
     assert "failed" not in done.text
+
+
+class Gone(io.StringIO):
+    """An output whose reader went away."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_request_is_noted_when_nobody_reads_the_output(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with stopping.listening(), stopping.deferring():
+        send(signal.SIGTERM)
+        assert stopping.asked()
+
+
+def test_a_run_goes_on_when_nobody_reads_its_progress(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stderr", Gone())
+    progress = StreamProgress(["a", "b"], [2, 2])
+    with progress:
+        for index in range(2):
+            progress.open(index)
+            progress.say("one line")
+            progress.tick()
+        progress.console.print("a table")
+    assert progress.done == 3
