@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from cl_moe import checkpoint
 from cl_moe.arguments import branch_point
-from cl_moe.checkpoint import NAME, Branch
+from cl_moe.checkpoint import Branch
 from cl_moe.errors import InputError
-from cl_moe.schema import CONFIG, leaves, plain
-from cl_moe.stream import Stream
+from cl_moe.folder import CONFIG, fixed, read_config, store_of
+from cl_moe.schema import leaves, plain
 from cl_moe.tracking.tracker import RUN_ID_FILE
 
 # In the order in which a difference is named: a model holds its layer, a layer its router.
@@ -24,7 +23,7 @@ def parent_of(config: DictConfig, folder: Path) -> Branch | None:
     """Where a configured run starts from, if it is a branch; a run that began already needs no parent.
 
     Raises:
-        InputError: no such parent or boundary, or the two would not share stream and model.
+        InputError: no such parent or boundary, or the two are not configured to share stream and model.
     """
     if config.branch is None:
         return None
@@ -34,7 +33,7 @@ def parent_of(config: DictConfig, folder: Path) -> Branch | None:
         return Branch(Path(name).absolute(), int(number))
     branch = Branch(*branch_point(config.branch, *([uri] if uri else [])))
     check_boundary(branch)
-    _check_shared(config, _stored(branch.folder))
+    _check_shared(config, read_config(branch.folder, "branch"))
     return branch
 
 
@@ -45,29 +44,34 @@ def tags(branch: Branch, config: DictConfig) -> dict[str, str]:
         return {"branch": f"{branch.folder.name}@{branch.boundary}"}
     run_id = file.read_text().strip()
     labels = {"branch": f"{run_id}@{branch.boundary}"}
-    if _stored(branch.folder).tracking.get("uri") == config.tracking.get("uri"):
+    if _store(branch.folder) == fixed(config.tracking.get("uri")):
         labels["mlflow.parentRunId"] = run_id
     return labels
 
 
 def history(branch: Branch) -> str:
     """``branch@2``, or ``branch@1 branch@3`` for the branch of a branch: part of the arm's name."""
-    words = [f"branch@{branch.boundary}"]
-    older = _stored(branch.folder).get("branch") if (branch.folder / CONFIG).is_file() else None
-    if older:
-        name, _, number = older.rpartition("@")
-        words.insert(0, history(Branch(Path(name), int(number))))
+    words, folder, seen = [f"branch@{branch.boundary}"], branch.folder, set[Path]()
+    while folder not in seen and (folder / CONFIG).is_file():
+        seen.add(folder)  # a damaged folder may name itself
+        name, at, number = str(read_config(folder, "branch").get("branch") or "").rpartition("@")
+        if not at:
+            break
+        words.insert(0, f"branch@{number}")
+        folder = Path(name)
     return " ".join(words)
 
 
-def _stored(folder: Path) -> Any:
-    return OmegaConf.load(folder / CONFIG)
+def _store(folder: Path) -> str | None:
+    """The store of the run in a folder, named independently of the working folder."""
+    tracking = read_config(folder, "branch").get("tracking")
+    uri = tracking.get("uri") if isinstance(tracking, dict) else None
+    return store_of(folder, "branch") or fixed(uri if isinstance(uri, str) else None)
 
 
 def check_boundary(branch: Branch, key: str = "branch") -> None:
     """Refuse a boundary that a run does not hold; ``key`` names it."""
-    names = [NAME.fullmatch(path.name) for path in (branch.folder / "checkpoints").glob("*.pt")]
-    kept = sorted({int(name[1]) for name in names if name and name[2] is None})
+    kept = checkpoint.boundaries(branch.folder)
     if branch.boundary not in kept:
         raise InputError(
             got=f"{key}=...@{branch.boundary}, a boundary that {branch.folder} does not hold",
@@ -76,35 +80,18 @@ def check_boundary(branch: Branch, key: str = "branch") -> None:
         )
 
 
-def _check_shared(config: DictConfig, parent: DictConfig) -> None:
-    mine, theirs = dict(leaves(plain(config))), dict(leaves(plain(parent)))
+def _check_shared(config: DictConfig, parent: dict[Any, Any]) -> None:
+    mine, theirs = dict(leaves(plain(config))), dict(leaves(parent))
     written = dict(leaves(plain(config, resolve=False)))
-    by_data_seed = False
     for place in SHARED:
         keys = sorted(key for key in {*mine, *theirs} if key == place or key.startswith(f"{place}."))
         for key in keys:
             if mine.get(key) == theirs.get(key):
                 continue
             if written.get(key) == "${seed.data}":
-                by_data_seed = True  # it may draw nothing of this stream
-                continue
+                continue  # it may draw nothing of this stream; if it does, the checkpoint is of other data
             raise InputError(
                 got=f"{key}={mine.get(key)!r} in a branch of a run with {theirs.get(key)!r}",
                 allowed="the parent's stream, model, layer, router and seed.order",
                 key=key,
             )
-    # All other keys of the parent's stream, targets included, are equal to ours, which were checked.
-    if by_data_seed and not _same_data(instantiate(config.stream), instantiate(parent.stream)):
-        raise InputError(
-            got=f"seed.data={config.seed.data}, which draws another stream than the parent's",
-            allowed=f"seed.data={parent.seed.data}",
-            key="seed.data",
-        )
-
-
-def _same_data(one: Stream, other: Stream) -> bool:
-    return len(one) == len(other) and all(
-        len(mine) == len(theirs) and all(map(torch.equal, mine.tensors, theirs.tensors))
-        for a, b in zip(one, other, strict=True)
-        for mine, theirs in ((a.train, b.train), (a.test, b.test))
-    )

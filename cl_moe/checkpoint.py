@@ -15,14 +15,15 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
 
+from cl_moe import failures
 from cl_moe.errors import InputError
+from cl_moe.files import whole_or_not
 
 FORMAT = 2
 NAME = re.compile(r"boundary_(\d+)(?:_batch_(\d+))?-([0-9a-f]{16})\.pt")
@@ -97,17 +98,21 @@ class Checkpoints:
         self._steps, self._since = 0, time.monotonic()
         for old in self._superfluous(path, best):
             old.unlink()
+        for other in _candidates(folder):
+            if _moment(other) > moment:  # passed over by a resume: bad, of another version or another future
+                other.rename(other.with_name(f"{other.name}.passed_over"))
         return path
 
     def _superfluous(self, newest: Path, best: int) -> Iterator[Path]:
-        """Files of the same moment or a later one were passed over by a resume: bad, or of another future."""
         now, inside, boundaries = _moment(newest), 1, 0
         for path in _candidates(newest.parent):
             moment = _moment(path)
             if path == newest:
                 boundaries += not moment.batches
-            elif moment >= now:
+            elif moment == now:
                 yield path
+            elif moment > now:
+                continue
             elif moment.batches:
                 inside += 1
                 if moment.boundary < now.boundary or inside > INSIDE:
@@ -123,7 +128,7 @@ def save(folder: Path, moment: Moment, state: State) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for half_written in folder.glob(".boundary_*"):  # of a process that was killed; there is one writer
         half_written.unlink()
-    with _whole_or_not(folder / f".{moment}.{os.getpid()}") as (file, rename):
+    with whole_or_not(folder / f".{moment}.{os.getpid()}") as (file, rename):
         hashing = _Hashing(file)
         whole = {"format": FORMAT, "boundary": moment.boundary, "batches": moment.batches, **state}
         torch.save(whole, hashing)  # type: ignore[arg-type]
@@ -154,55 +159,29 @@ def newest(folder: Path, refuse: Callable[[State], str | None] = lambda state: N
     return None
 
 
+def boundaries(folder: Path) -> list[int]:
+    """The boundaries that a run's folder holds checkpoints of, ascending."""
+    moments = [_moment(path) for path in _candidates(folder / "checkpoints")]
+    return sorted({moment.boundary for moment in moments if not moment.batches})
+
+
 def at(branch: Branch, refuse: Callable[[State], str | None], key: str = "branch") -> State:
     """The state that a branch starts from; ``key`` names it.
 
     Raises:
         InputError: there is no such boundary, or it is not good.
     """
-    kept = [path for path in _candidates(branch.folder / "checkpoints") if not _moment(path).batches]
-    chosen = [path for path in kept if _moment(path).boundary == branch.boundary]
+    found = _candidates(branch.folder / "checkpoints")
+    chosen = [path for path in found if _moment(path) == Moment(branch.boundary)]
     for path in chosen:
         if (state := _read(path, refuse)) is not None:
             return state
-    numbers = ", ".join(str(_moment(path).boundary) for path in reversed(kept)) or "none"
+    numbers = ", ".join(map(str, boundaries(branch.folder))) or "none"
     raise InputError(
         got=f"{Moment(branch.boundary)} of {branch.folder}, which is {'not good' if chosen else 'not there'}",
         allowed=f"boundaries that were kept ({numbers}), of the same stream and the same model",
         key=f"{key} (or the parent's checkpoint.keep)",
     )
-
-
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """A file that is there whole or not at all, also after a power cut."""
-    with _whole_or_not(path.with_name(f".{path.name}.{os.getpid()}")) as (file, rename):
-        file.write(content)
-        rename(path)
-
-
-@contextmanager
-def _whole_or_not(temporary: Path) -> Iterator[tuple[IO[bytes], Callable[[Path], Path]]]:
-    """A file to write, and a function that flushes it to the disk and gives it its name."""
-    try:
-        with open(temporary, "wb") as file:
-
-            def rename(path: Path) -> Path:
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(temporary, path)
-                return path
-
-            yield file, rename
-    except OSError as error:
-        error.filename = error.filename or str(temporary)  # a full disk does not say where
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _Hashing:
@@ -248,13 +227,18 @@ def _read(path: Path, refuse: Callable[[State], str | None]) -> State | None:
         file.seek(0)
         try:
             state = torch.load(file, weights_only=True, map_location="cpu")
-        except (
-            Exception
-        ) as error:  # torch names no common base: a refused pickle, a foreign or broken archive
+        except OSError:
+            raise
+        except Exception as error:  # torch has no common base for refused pickles and broken archives
+            if failures.out_of_memory(error):
+                raise
             log.warning("%s cannot be read (%s): %s", path, type(error).__name__, passed_over)
             return None
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         log.warning("%s is of another version: %s", path, passed_over)
+        return None
+    if (state.get("boundary"), state.get("batches")) != _moment(path):
+        log.warning("%s has another name than it was written under: %s", path, passed_over)
         return None
     if reason := refuse(dict(state)):
         log.warning("%s %s: %s", path, reason, passed_over)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -27,8 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from cl_moe import failures
 from cl_moe.arguments import rewritten
 from cl_moe.errors import InputError, RunFailedError, StopRequestedError
-from cl_moe.stopping import listening
+from cl_moe.stopping import behind, listening
 
+STOPPED_AT_THE_START = "stopped on request while starting; the same command starts again"
 INPUT_WRONG, FAILED, INTERRUPTED, STOPPED = 2, 1, 130, 75
 
 
@@ -48,6 +48,8 @@ def _task(config: DictConfig) -> float:
     try:
         return launch.run(config)
     except Exception as error:
+        if (stop := behind(error)) is not error:
+            raise stop from error
         if hydra_config.mode != RunMode.MULTIRUN:
             _leave_nothing_but_results(hydra_config)
             raise _JobFailed(error) from error
@@ -97,24 +99,21 @@ def _run(arguments: list[str], show_traceback: bool) -> int:
         return 0
     except (Exception, KeyboardInterrupt, StopRequestedError) as raised:
         error = raised
+    error = behind(error)
     if show_traceback:
         raise error
     status, message = explain(error, arguments)
     if not getattr(error, "was_said", False):
-        print(message, file=sys.stderr)
+        with suppress(OSError):  # nobody reads it any more
+            print(message, file=sys.stderr)
     return status
 
 
 def explain(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
     """Exit status and message of an error; configuration errors are the user's, the rest is a failed run."""
-    if isinstance(error, KeyboardInterrupt):
-        return (
-            INTERRUPTED,
-            "stopped by the keyboard; finished experiences are kept, resume=<run folder> goes on",
-        )
-    if isinstance(error, StopRequestedError):
-        status = INTERRUPTED if error.keyboard else STOPPED
-        return status, str(error) or "stopped on request, before anything was trained"
+    if isinstance(error, KeyboardInterrupt | StopRequestedError):
+        by_keyboard = isinstance(error, KeyboardInterrupt) or error.keyboard
+        return INTERRUPTED if by_keyboard else STOPPED, str(error) or STOPPED_AT_THE_START
     cause = error
     while not isinstance(cause, InputError | RunFailedError) and cause.__cause__ is not None:
         cause = cause.__cause__
@@ -179,11 +178,7 @@ def _leave_nothing_but_results(hydra_config: HydraConf) -> None:
     if any(str(word).startswith("hydra.run.dir=") for word in hydra_config.overrides.hydra):
         return
     here, folder = Path.cwd(), Path(hydra_config.runtime.output_dir)
-    record = folder / str(hydra_config.output_subdir)
-    if not record.is_dir() or [*folder.iterdir()] != [record]:
-        return
-    shutil.rmtree(record)
-    while here in folder.parents and not any(folder.iterdir()):
+    while here in folder.parents and folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
         folder = folder.parent
 

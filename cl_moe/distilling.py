@@ -10,10 +10,10 @@ from cl_moe import branching, checkpoint
 from cl_moe.arguments import branch_point
 from cl_moe.checkpoint import Branch
 from cl_moe.errors import InputError
+from cl_moe.folder import read_config
 from cl_moe.growth.adapt import replay
 from cl_moe.models import ContinualModel
 from cl_moe.models.inherit import inherit
-from cl_moe.schema import CONFIG
 from cl_moe.seeds import seeded
 from cl_moe.strategies import DistillFrom, Strategy
 from cl_moe.stream import Stream
@@ -66,12 +66,11 @@ def load_model(point: Branch, stream: Stream) -> ContinualModel:
     Raises:
         InputError: it has not, or the checkpoint or the stored configuration is not good.
     """
-    config = OmegaConf.load(point.folder / CONFIG)
-    assert isinstance(config, DictConfig)
+    config = OmegaConf.create(read_config(point.folder, "distill"))
     check_targets(config)
 
     def refuse(state: checkpoint.State) -> str | None:
-        learnt = state["fingerprint"]["stream"][0]
+        learnt = state.get("fingerprint", {}).get("stream", ["?"])[0]
         return None if learnt == stream.name else f"is of the stream {learnt}, not {stream.name}"
 
     state = checkpoint.at(point, refuse, "distill")["learner"]

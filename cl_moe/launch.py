@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import cl_moe
-from cl_moe import branching, distilling, failures, stored
+from cl_moe import branching, distilling, failures, stopping, stored
 from cl_moe.checkpoint import Branch
+from cl_moe.errors import StopRequestedError
 from cl_moe.experiment import run_experiment
 from cl_moe.learner import Learner
 from cl_moe.run import Run
@@ -38,16 +40,13 @@ NOT_ARM += (
 
 def run(config: DictConfig) -> float:
     """One experiment from a composed configuration; returns the objective."""
+    _obey()
     try:
-        check_targets(config)
-        check_config(config)
-        stored.check_auto_resume(config)
-        folder = Path(config.output_dir).absolute()
-        stored.compare_config(config, folder)
-        if (value := stored.finished(config, folder)) is not None:
+        if (value := stored.finished(config)) is not None:
             return value
-        value = run_experiment(build(config))
-        stored.note_finished(config, folder, value)
+        run = build(config)
+        value = run_experiment(run)
+        stored.note_finished(config, run.folder, value)
         return value
     except Exception as error:  # while the run is built: a run that is open names its failures itself
         if failure := failures.named(error, dict(leaves(plain(config, resolve=False)))):
@@ -63,7 +62,8 @@ def build(config: DictConfig) -> Run:
     """
     check_targets(config)
     check_config(config)
-    folder = Path(config.output_dir).absolute()
+    stored.check_command_line(config)
+    folder = stored.folder_of(config)
     stored.compare_config(config, folder)
     branch = branching.parent_of(config, folder)
     stream = instantiate(config.stream)
@@ -96,6 +96,7 @@ def build(config: DictConfig) -> Run:
         objective=config.objective,
         checkpoints=instantiate(config.checkpoint),
         branch=branch,
+        go_on=_sweep(),
         name=f"{arm} {labels['seed.init']}.{labels['seed.order']}.{labels['seed.data']}",
         params={**flatten(config), "arm": arm},
         tags=labels
@@ -114,7 +115,6 @@ def tags(config: DictConfig, scenario: str, folder: Path) -> dict[str, str]:
     labels["router"] = {"dense": "none", "peer": "product_key", "pkm": "product_key"}.get(
         labels["layer"], labels["router"]
     )
-    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     return labels | {
         "scenario": scenario,
         "strategy": "+".join(str(name) for name in config.strategy),
@@ -123,7 +123,7 @@ def tags(config: DictConfig, scenario: str, folder: Path) -> dict[str, str]:
         "seed.data": str(config.seed.data),
         "git_commit": commit,
         "git_dirty": dirty,
-        "sweep": str(HydraConfig.get().sweep.dir) if multirun else "none",
+        "sweep": str(HydraConfig.get().sweep.dir) if _sweep() else "none",
         "world_size": "1",
         "output_dir": str(folder),
     }
@@ -176,6 +176,23 @@ def checkout() -> tuple[str, str]:
         return git("rev-parse", "HEAD"), str(bool(git("status", "--porcelain"))).lower()
     except (OSError, subprocess.SubprocessError):
         return "unknown", "unknown"
+
+
+def _sweep() -> Path | None:
+    """The folder of the sweep that this process is a job of."""
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    return Path(HydraConfig.get().sweep.dir).absolute() if multirun else None
+
+
+def _obey() -> None:
+    """Begin no further job of a sweep after a stop was asked for, as the one before it ended, say."""
+    try:
+        stopping.obey()
+    except StopRequestedError as stop:
+        if sweep := _sweep():
+            go_on = f"cl-moe resume={shlex.quote(str(sweep))}"
+            stop.args = (f"stopped on request\nkept: the jobs that ended\ngo on: {go_on}",)
+        raise
 
 
 def _order(config: DictConfig) -> str:

@@ -66,8 +66,7 @@ class Learner(LeanModule):
         self.column_of_class = torch.full((stream.num_classes,), -1)
         self.scores: ExperienceScores | None = None
         self.loads: ExpertLoads | None = None
-        self._step_loads = StepLoads()
-        self._balancing: dict[int, ExpertLayer] = {}  # layers that balance without a loss
+        self._step_loads, self._balancing = StepLoads(), dict[int, ExpertLayer]()
         self.batches = 0  # of this experience that were trained
         self._restart: dict[str, Any] | None = None  # what a restart inside an experience goes on with
         self._in_order = False  # whether a class is its own column, which spares a look-up in every step

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from cl_moe.cost import CostMeter
 from cl_moe.errors import InputError
@@ -76,7 +79,23 @@ def check_learning(stream: Stream, training: Stream, growth: GrowthSchedule, fre
         seen.update(experience.classes)
 
 
+def check_something_left(training: Stream, boundary: int) -> None:
+    """Refuse a branch after which nothing is trained: at the parent's end, or beside joint training."""
+    if not any(len(experience.train) for experience in training[boundary:]):
+        raise InputError(
+            got=f"a branch after {boundary} of {len(training)} experiences, with nothing left to train on",
+            allowed="an earlier boundary, and a strategy that trains on what comes after it",
+            key="branch (or strategy)",
+        )
+
+
 def fingerprint(stream: Stream, learner: Learner) -> dict[str, object]:
     """What a checkpoint must share with a fresh run that is to load it: plain Python."""
     shapes = {name: list(value.shape) for name, value in learner.model.state_dict().items()}
-    return {"stream": [stream.name, *(experience.name for experience in stream)], "model": shapes}
+    sums = lru_cache(maxsize=None)(_checksum)  # experiences may share their test data
+    data = [[e.name, *(sums(part) for part in (*e.train.tensors, *e.test.tensors))] for e in stream]
+    return {"stream": [stream.name, *data], "model": shapes}
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -11,6 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 REFRESH_SECONDS = 0.2
 
 
+class _Console(Console):
+    """One whose reader may go away, as ``| head`` and a closed terminal do: the run goes on, silently."""
+
+    def on_broken_pipe(self) -> None:
+        """rich would end the process."""
+        self.quiet = True
+
+
 class StreamProgress:
     """A rich progress bar over all steps of all experiences; on a plain output, only the lines of ``say``.
 
@@ -22,7 +30,7 @@ class StreamProgress:
 
     def __init__(self, names: Sequence[str], steps: Sequence[int], console: Console | None = None) -> None:
         self.names, self.steps = list(names), list(steps)
-        self.console = console or Console(stderr=True)
+        self.console = console or _Console(stderr=True)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

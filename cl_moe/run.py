@@ -14,11 +14,10 @@ import lightning as L  # noqa: N812
 import torch
 from torch.utils.data import DataLoader
 
-from cl_moe import checkpoint, ending, failures, memory, preflight, stopping
+from cl_moe import checkpoint, ending, preflight, stopping
 from cl_moe.batches import training_loader
 from cl_moe.checkpoint import Branch, Checkpoints, Moment
 from cl_moe.cost import CostMeter
-from cl_moe.errors import InputError, RunFailedError, StopRequestedError
 from cl_moe.evaluation import Evaluation
 from cl_moe.growth import Census, FreezePolicy, GrowthSchedule
 from cl_moe.growth.adapt import add_classes, births, check_growth, take_census
@@ -51,6 +50,7 @@ class Run:
         objective: metric key whose last value the experiment returns.
         checkpoints: when to save inside an experience, and what is kept.
         branch: the parent's boundary that this run starts from, instead of from nothing.
+        go_on: what ``resume=`` is to name after a stop, a sweep's folder say; None: the run's own.
         name: shown in MLflow.
         params: flattened configuration, and the arm.
         tags: what the run is found by.
@@ -68,6 +68,7 @@ class Run:
     objective: str = "stream/average_accuracy"
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     branch: Branch | None = None
+    go_on: Path | None = None
     name: str = "run"
     params: Mapping[str, object] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -104,19 +105,10 @@ class Run:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Hold the folder, open the tracker and the progress bar; close them as the run ends."""
-        with ending.one_writer(self.folder), self.progress, stopping.deferring(), self.watchdog:
+        with ending.one_writer(self.folder), self.progress, self.watchdog:
             self.tracker.start(self.folder, self.name, self.params, self.tags)
-            try:
+            with ending.told(self):
                 yield
-            except BaseException as error:
-                failure = self._named(error)
-                self._fail(failure or error)
-                if failure is not None:
-                    raise failure from error
-                if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
-                    raise error.__context__ from None  # Lightning exits by itself when the user stops a fit
-                raise
-            self.tracker.finish("finished")
 
     def resume(self) -> None:
         """Go to where an earlier process, or the parent of a branch, stopped; else stay at the start.
@@ -217,8 +209,10 @@ class Run:
         self.watchdog.alive()
 
     def _between_tests(self) -> None:
-        """Nothing of a run changes in an evaluation, so it may end there at any time."""
+        """Nothing of a run changes in an evaluation, so it may be saved and end there at any time."""
         self.watchdog.alive()
+        if self.trained and stopping.asked():
+            self._save(Moment(self.boundary, self.learner.batches))
         stopping.obey()
 
     def _between_steps(self) -> None:
@@ -259,15 +253,16 @@ class Run:
 
     def _refuse(self, state: Mapping[str, Any]) -> str | None:
         """Why a state is not this run's, if it is not."""
-        mine = self.fingerprint
-        for part, what in (("stream", "another stream"), ("model", "another model")):
-            if state["fingerprint"][part] != mine[part]:
+        theirs = state.get("fingerprint", {})
+        for part, what in (("stream", "another stream, or of other data"), ("model", "another model")):
+            if theirs.get(part) != self.fingerprint[part]:
                 return f"is of {what}"
         return None
 
     def _start_from(self, branch: Branch) -> None:
         """Take over a parent's boundary; a strategy new here is shown the past, as if it had been there."""
         state = checkpoint.at(branch, self._refuse)
+        preflight.check_something_left(self.training_stream, branch.boundary)
         self._load(state)
         for name, strategy in self.learner.strategies.items():
             if name not in state["learner"]["strategies"]:
@@ -283,17 +278,3 @@ class Run:
     def _say_where(self, verb: str) -> None:
         assert self.saved is not None
         self.progress.say(f"{verb} {ending.where(self.saved, len(self.stream))}")
-
-    def _named(self, error: BaseException) -> InputError | RunFailedError | None:
-        """The error in words that name its cause, if it is one of memory or disk."""
-        held = memory.holdings(self.learner.model, self.learner.strategies, self.trainer.optimizers)
-        return failures.named(error, self.params, held, self.folder)
-
-    def _fail(self, error: BaseException) -> None:
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit | StopRequestedError)
-        if isinstance(error, StopRequestedError) and self.trained:
-            self._save(Moment(self.boundary, self.learner.batches))
-        self.tracker.tag("failure", f"{type(error).__name__} at step {self.trainer.global_step}: {error}")
-        self.tracker.finish("stopped" if stopped else "failed")
-        saved = None if self.saved is None else ending.where(self.saved, len(self.stream))
-        ending.add_what_was_kept(error, self.folder, saved)

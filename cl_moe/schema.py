@@ -28,10 +28,6 @@ TOP = {
 }
 NODE = "checkpoint"  # an option without alternatives, so not a group
 SEEDS = ("init", "order", "data")
-COMMAND = "command.yaml"
-"""In a run's folder: the arguments that it was started with, for ``resume``."""
-CONFIG = "config.yaml"
-"""In a run's folder: the resolved configuration."""
 GIVEN = ("dim", "input_shape", "num_classes")
 """Parameters that the program gives to a factory, never the user."""
 

@@ -11,9 +11,9 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from cl_moe.errors import StopRequestedError
+from cl_moe.errors import InputError, RunFailedError, StopRequestedError
 
 _noted: signal.Signals | None = None
 _deferring = False
@@ -62,6 +62,16 @@ def obey() -> None:
         raise StopRequestedError(keyboard=_noted == signal.SIGINT)
 
 
+def behind(error: BaseException) -> BaseException:
+    """The request to stop that an error hides, or the error: an interrupted clean-up may fail by itself."""
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, InputError | RunFailedError):
+        if isinstance(link, StopRequestedError | KeyboardInterrupt):
+            return link
+        link = link.__cause__ or link.__context__
+    return error
+
+
 def _hear(number: int, _: object) -> None:
     global _noted
     again, _noted = _noted is not None, signal.Signals(number)
@@ -71,4 +81,5 @@ def _hear(number: int, _: object) -> None:
         return  # a scheduler that repeats itself; what it asked for is on its way
     if not _deferring:
         raise StopRequestedError
-    print("stopping: the state is being saved (Ctrl-C: at once, without it)", file=sys.stderr)
+    with suppress(Exception):  # whoever read it may be gone, or be reading a line that is half written
+        print("stopping when this step is done and saved (Ctrl-C: at once)", file=sys.stderr, flush=True)

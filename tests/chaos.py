@@ -35,6 +35,7 @@ RUN = (
 )
 DRIVER = Path(__file__).with_name("killed.py")
 WALL_CLOCK = {"cost/seconds", "cost/tokens_per_second"}
+STARTING = 1.0  # seconds, about, from a process' start to its first work
 PATIENCE = 300  # seconds that a process may take on a machine with other work
 
 
@@ -42,6 +43,9 @@ def forkserver() -> ForkServerContext:
     """Forks runs from a process that has imported everything once, which takes seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cl_moe.launch", "cl_moe.experiment", "mlflow", "datasets", "sklearn"])
+    first = context.Process(target=time.monotonic)  # waits for the imports, so that nobody measures them
+    first.start()
+    first.join()
     return context
 
 
@@ -67,31 +71,40 @@ def start(
 
 
 def through(context: ForkServerContext, folder: Path) -> float:
-    """Run to the end; returns the seconds it took."""
-    began = time.monotonic()
+    """Run to the end; returns the seconds it took once it ran."""
     process = start(context, folder, words(folder))
+    wait_until_it_runs(process, folder)
+    started = time.monotonic()
     process.join(PATIENCE)
     if process.exitcode != 0:
         raise AssertionError(f"exit status {process.exitcode}\n{(folder / 'log.txt').read_text()}")
-    return time.monotonic() - began
+    return time.monotonic() - started
 
 
-def disturbed(context: ForkServerContext, folder: Path, seconds: float, seed: int, kills: int) -> list[str]:
-    """The run, hit ``kills`` times and resumed each time, in the end left alone; returns what hit it when."""
-    draw, said = random.Random(seed), []
-    for _ in range(kills):
-        number, wait = draw.choice([signal.SIGKILL, signal.SIGTERM]), draw.uniform(0, seconds / 4)
-        process = start(context, folder, words(folder))
-        process.join(wait)
-        if process.exitcode is None:
-            assert process.pid is not None
-            os.kill(process.pid, number)
-        process.join(PATIENCE)
-        said.append(f"{number.name} after {wait:.2f} s: exit status {process.exitcode}, {newest(folder)}")
-        if process.exitcode not in (0, 75, -number):
-            raise AssertionError("\n".join([*said, (folder / "log.txt").read_text()]))
-    through(context, folder)
-    return said
+def wait_until_it_runs(process: BaseProcess, folder: Path) -> None:
+    """Until it has said something: where it stands."""
+    log, end = folder / "log.txt", time.monotonic() + PATIENCE
+    while process.exitcode is None and time.monotonic() < end:
+        process.join(0.01)
+        if log.exists() and log.stat().st_size:
+            return
+
+
+def hit(context: ForkServerContext, folder: Path, wait: float, running: bool, number: signal.Signals) -> str:
+    """Start or resume, send a signal ``wait`` seconds later, or later than it runs; says how it ended."""
+    (folder / "log.txt").unlink(missing_ok=True)
+    process = start(context, folder, words(folder))
+    if running:
+        wait_until_it_runs(process, folder)
+    process.join(wait)
+    if process.exitcode is None:
+        assert process.pid is not None
+        os.kill(process.pid, number)
+    process.join(PATIENCE)
+    if process.exitcode not in (0, 75, -number):
+        raise AssertionError(f"exit status {process.exitcode}\n{(folder / 'log.txt').read_text()}")
+    when = "after it ran" if running else "after its start"
+    return f"{number.name} {wait:.2f} s {when}: status {process.exitcode}, {newest(folder)} kept"
 
 
 def words(folder: Path) -> Sequence[str]:
@@ -100,9 +113,18 @@ def words(folder: Path) -> Sequence[str]:
 
 
 def newest(folder: Path) -> str:
-    """The newest checkpoint's moment, for the eye."""
+    """The newest checkpoint's moment."""
     names = sorted(path.name.split("-")[0] for path in folder.glob("out/checkpoints/boundary_*.pt"))
-    return f"kept {names[-1]}" if names else "nothing kept"
+    return names[-1] if names else "nothing"
+
+
+def done(folder: Path, steps: Sequence[int]) -> float:
+    """The share of a run's steps behind its newest checkpoint; ``steps``: those before each boundary."""
+    name = newest(folder)
+    if name == "nothing":
+        return 0.0
+    _, boundary, *inside = name.split("_")
+    return (steps[int(boundary)] + (int(inside[-1]) if inside else 0)) / steps[-1]
 
 
 def facts(folder: Path) -> dict[str, object]:
@@ -150,20 +172,30 @@ def differences(one: object, two: object, place: str = "") -> list[str]:
 def play(folder: Path, seed: int, kills: int, store: Path | None = None) -> list[str]:
     """Reference and disturbed run in two folders; returns what hit the second, and refuses a difference.
 
+    Once it runs, a process gets on average an even part of the work that is left; one in five is hit while it
+    starts.
+
     Args:
         folder: empty.
         seed: of moments and signals.
         kills: how many.
         store: an empty MLflow store to copy; without one each run makes its own, which takes seconds.
     """
-    context, places = forkserver(), [folder / "alone", folder / "disturbed"]
-    for place in places:
+    context, draw, said = forkserver(), random.Random(seed), []
+    alone, disturbed = folder / "alone", folder / "disturbed"
+    for place in (alone, disturbed):
         place.mkdir()
         if store is not None:
             shutil.copy(store, place / "mlflow.db")
-    seconds = through(context, places[0])
-    said = disturbed(context, places[1], seconds, seed, kills)
-    if found := differences(facts(places[0]), facts(places[1])):
+    working = through(context, alone)
+    reference: Any = facts(alone)
+    for left in range(kills, 0, -1):
+        rest = working * (1 - done(disturbed, reference["state"]["record"]["steps"]))
+        running = draw.random() < 0.8
+        wait = draw.uniform(0, 2 * rest / (left + 1) if running else STARTING)
+        said.append(hit(context, disturbed, wait, running, draw.choice([signal.SIGKILL, signal.SIGTERM])))
+    through(context, disturbed)
+    if found := differences(reference, facts(disturbed)):
         raise AssertionError("\n".join([*said, "differ in:", *found[:20]]))
     return said
 

@@ -18,28 +18,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: dict[str, int] = {
-    **dict.fromkeys(("", "errors", "seeds", "stopping", "layers", "losses", "stream", "batches"), 0),
+    **dict.fromkeys(("", "errors", "files", "seeds", "stopping", "layers", "losses", "stream", "batches"), 0),
     **dict.fromkeys(("metrics.functional", "tracking.record"), 0),
     **dict.fromkeys(("models", "optim", "metrics"), 1),
     **dict.fromkeys(("growth", "strategies"), 2),
     **dict.fromkeys(("learner", "lean", "tracking", "checkpoint", "progress", "trainer"), 3),
     **dict.fromkeys(("failures", "memory", "watchdog"), 3),
     **dict.fromkeys(("experiment", "run", "preflight", "ending", "evaluation", "cost"), 4),
-    **dict.fromkeys(
-        (
-            "cli",
-            "arguments",
-            "launch",
-            "branching",
-            "stored",
-            "schema",
-            "targets",
-            "worker",
-            "distilling",
-            "__main__",
-        ),
-        5,
-    ),
+    **dict.fromkeys(("cli", "__main__", "arguments", "words", "folder", "schema", "targets"), 5),
+    **dict.fromkeys(("launch", "branching", "distilling", "stored", "worker"), 5),
 }
 """Rooms of ``cl_moe``; "" is the package itself. A module is in the longest room its name begins with."""
 
@@ -47,6 +34,7 @@ EVERYBODY = {
     "": "the package's version",
     "errors": "every room refuses input in the same three parts",
     "seeds": "every room draws by (seed, purpose)",
+    "files": "every room writes files whole or not at all",
 }
 SIBLINGS: dict[tuple[str, str], str] = {
     ("layers", "losses"): "a router returns its named auxiliary losses (law 6); their formulas are losses'",
@@ -62,19 +50,25 @@ SIBLINGS: dict[tuple[str, str], str] = {
     ("run", "preflight"): "a run refuses what it would fail by",
     ("run", "ending"): "a run says how it ended",
     ("preflight", "cost"): "an objective may be a cost",
+    ("checkpoint", "failures"): "memory that ran out while a checkpoint was read does not make it a bad one",
     ("learner", "lean"): "a learner is a LightningModule",
     ("__main__", "cli"): "python -m cl_moe is the command line",
     ("cli", "launch"): "the command line starts the ranks",
     ("cli", "arguments"): "resume and branch stand for arguments, which Hydra gets",
-    ("arguments", "schema"): "resume reads what a launch wrote",
+    ("arguments", "folder"): "resume reads what a launch wrote",
     ("launch", "schema"): "what is launched was checked first",
     ("launch", "targets"): "nothing is launched by name that builds no part of a run",
     ("launch", "stored"): "a launch meets what an earlier one left in the folder",
     ("launch", "branching"): "a branch is launched from its parent's folder",
+    ("stored", "folder"): "what a launch writes is what the next one reads",
     ("stored", "schema"): "what is stored is the checked configuration",
     ("stored", "arguments"): "both know which keys may change when a run goes on",
-    ("branching", "schema"): "a branch reads what its parent stored",
+    ("branching", "folder"): "a branch reads what its parent stored",
+    ("branching", "schema"): "a branch is held against its parent key by key",
     ("branching", "arguments"): "a branch may come from a file as well",
+    ("arguments", "words"): "arguments are made of words",
+    ("stored", "words"): "both know which keys may change when a run goes on",
+    ("distilling", "folder"): "a teacher is built from what its run stored",
     ("launch", "distilling"): "a student is launched with its teacher",
     ("distilling", "branching"): "a teacher is found and told of like the parent of a branch",
     ("distilling", "arguments"): "a teacher may come from a file as well",

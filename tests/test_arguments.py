@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,7 +53,7 @@ def test_other_arguments_pass_untouched(here: Path):
         [],
         ["layer=moe", "-m"],
         ["resume=null"],
-        ["branch="],
+        ["branch=null"],
         ["auto_resume=false", "seed.init=1,2"],
     ):
         assert rewritten(words) == words
@@ -62,6 +64,7 @@ def test_the_same_command_finds_the_same_folder(here: Path):
     once, again, other = rewritten(words), rewritten(words), rewritten([*words, "seed.init=1"])
     assert once == again
     assert once[:-1] == words
+    assert rewritten([*words, "-m"])[:3] == ["-m", *words]
     assert once[-1].startswith("hydra.run.dir=outputs/auto-")
     assert other[-1] != once[-1]
     sweep = rewritten(["-m", *words])
@@ -175,3 +178,102 @@ def test_one_branch_at_a_time(here: Path):
     assert "one value" in refusal("-m", "branch=out@1,out@2").allowed
     assert "one value" in refusal("branch=choice(out@1,out@2)").allowed
     assert refusal("branch=out@1", "resume=out").key == "branch (or resume)"
+
+
+@pytest.mark.parametrize("word", ["resume=", "branch=''", "auto_resume="])
+def test_an_empty_value_is_no_null(word: str, here: Path):
+    error = refusal(word, "layer=moe")
+    assert (error.got, error.key) == (word, word.partition("=")[0])
+
+
+def test_a_name_that_means_something_to_hydra(here: Path):
+    folder, at = a_run(here / "a,b", "layer=moe"), a_run(here / "choice(a)@b", "layer=moe")
+    assert f"resume='{folder}'" in rewritten(["resume=a,b"])
+    assert rewritten(["branch=a,b@1"])[-1] == f"branch='{folder}@1'"
+    assert rewritten(["branch=choice(a)@b@1"])[-1] == f"branch='{at}@1'"
+    (here / "null").mkdir()
+    assert rewritten(["resume=null"]) == ["resume=null"]
+    a_sweep(here / "x y", [], [], here)
+    (here / "x y/multirun.yaml").write_text("")
+    assert shlex.quote(f"hydra.sweep.dir={here / 'x y'}") in refusal("resume=x y").allowed
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["--cfg", "job", "resume=out"], ["--cfg", "job"]),
+        (["resume=out", "-c", "job"], ["-c", "job"]),
+        (["--info", "resume=out"], ["--info=all"]),
+        (["resume=out", "-i", "--resolve"], ["--info=all", "--resolve"]),
+        (["-i", "config", "resume=out"], ["-i", "config"]),
+    ],
+)
+def test_flags_stand_first_with_their_values(given: list[str], wanted: list[str], here: Path):
+    a_run(here / "out", "layer=moe")
+    got = rewritten(given)
+    assert got[: len(wanted) + 1] == [*wanted, "layer=moe"]
+    branched = rewritten([word.replace("resume=out", "branch=out@1") for word in given])
+    assert branched[: len(wanted) + 1] == [*wanted, "layer=moe"]
+
+
+DAMAGED = ["", "- 1", "overrides: 3", "overrides: [{a: 1}]", "overrides: []\nconfig_dir: [1]", "a: [", "\0"]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_command_is_named(content: str, here: Path):
+    file = a_run(here / "out") / "command.yaml"
+    file.write_text(content)
+    for word, key in (("resume=out", "resume"), ("branch=out@1", "branch")):
+        error = refusal(word)
+        assert (error.got.split(",")[0], error.key) == (str(file), key)
+
+
+# ---- where the numbers of a run go that is resumed elsewhere
+
+
+def store_in(arguments: list[str]) -> list[str]:
+    return [word for word in arguments if word.startswith("tracking.uri=")]
+
+
+def begun(folder: Path, place: Path, *overrides: str) -> Path:
+    """A run that began in a place with a store of that place."""
+    a_run(folder, *overrides)
+    (place / "mlflow.db").touch()
+    command = {"overrides": [*overrides], "config_dir": None, "folder": str(folder)}
+    OmegaConf.save(command | {"store": f"sqlite:///{place}/mlflow.db"}, folder / "command.yaml")
+    return folder
+
+
+def test_a_run_goes_on_in_the_store_in_which_it_began(here: Path):
+    folder = begun(here / "one/out", here / "one", "layer=moe", "tracking.uri=sqlite:///mlflow.db")
+    own = f"tracking.uri='sqlite:///{here}/one/mlflow.db'"
+    for place in (here, here / "one", folder):
+        with contextlib.chdir(place):
+            assert store_in(rewritten([f"resume={folder}"])) == [own]
+            given = rewritten([f"resume={folder}", "tracking.uri=sqlite:///other.db"])
+            assert store_in(given) == ["tracking.uri=sqlite:///other.db"]
+    child = rewritten(["branch=one/out@1"])
+    assert store_in(child) == ["tracking.uri=sqlite:///mlflow.db"]  # of the child's own working folder
+
+
+def test_a_store_moves_with_its_run_or_stays(here: Path):
+    begun(here / "one/runs/out", here / "one", "layer=moe")
+    shutil.copytree(here / "one", here / "copy")
+    assert store_in(rewritten(["resume=copy/runs/out"])) == [
+        f"tracking.uri='sqlite:///{here}/copy/mlflow.db'"
+    ]
+    shutil.move(here / "one/runs/out", here / "alone")
+    assert store_in(rewritten(["resume=alone"])) == [f"tracking.uri='sqlite:///{here}/one/mlflow.db'"]
+    (here / "one/mlflow.db").unlink()
+    assert store_in(rewritten(["resume=alone"])) == []
+
+
+def test_a_sweep_that_goes_on_elsewhere_keeps_its_store(here: Path):
+    (here / "one").mkdir()
+    a_sweep(here / "one/sweep", ["layer=dense,moe"], [], here / "one")
+    begun(here / "one/sweep/0", here / "one", "layer=dense")
+    own = f"tracking.uri='sqlite:///{here}/one/mlflow.db'"
+    assert store_in(rewritten(["resume=one/sweep"])) == [own]
+    assert store_in(rewritten(["resume=one/sweep", "tracking.uri=http://x"])) == ["tracking.uri=http://x"]
+    with contextlib.chdir("one"):
+        assert store_in(rewritten(["resume=sweep"])) == []

@@ -3,11 +3,9 @@
 import hashlib
 import io
 import logging
-import math
 import os
 import pickle
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -87,41 +85,6 @@ def test_two_moments_inside_are_kept_until_the_next_boundary(tmp_path: Path) -> 
     assert (found["boundary"], found["batches"]) == (1, 100000000)
     (boundary,) = save(tmp_path, 2)
     assert sorted(tmp_path.iterdir()) == sorted([*paths[:2], boundary])
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("keep", wrong) for wrong in (0, -1, 1.5)),
-        *(("every_steps", wrong) for wrong in (0, 2.5)),
-        *(("every_minutes", wrong) for wrong in (0, -1.0, math.inf)),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(name: str, value: float) -> None:
-    with pytest.raises(InputError) as caught:
-        Checkpoints(**{name: value})
-    assert caught.value.key == f"checkpoint.{name}"
-
-
-def test_it_is_due_by_steps(tmp_path: Path) -> None:
-    keeper = Checkpoints(every_steps=3, every_minutes=None)
-    due = []
-    for step in range(7):
-        due.append(keeper.due())
-        if due[-1]:
-            keeper.save(tmp_path, Moment(0, step + 1), state(0), best=0)
-    assert due == [False, False, True, False, False, True, False]
-
-
-def test_it_is_due_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    keeper = Checkpoints(every_minutes=2)
-    assert not keeper.due()
-    clock[0] += 121
-    assert keeper.due()
-    keeper.save(tmp_path, Moment(0, 1), state(0), best=0)
-    assert not keeper.due()
 
 
 def test_a_branch_finds_its_boundary_or_says_which_there_are(tmp_path: Path) -> None:
@@ -282,6 +245,40 @@ def test_a_pickle_that_would_run_code_is_refused_unread(tmp_path: Path, caplog, 
         assert checkpoint.newest(folder)["boundary"] == 1
     assert not mark.exists()
     assert "cannot be read" in caplog.text
+
+
+def test_a_file_is_not_believed_by_its_name(tmp_path: Path, caplog) -> None:
+    (path,) = save(tmp_path, 1)
+    shutil.copy(path, path.with_name(path.name.replace("boundary_001", "boundary_007")))
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.newest(tmp_path)["boundary"] == 1
+    assert "has another name" in caplog.text
+    assert checkpoint.boundaries(tmp_path.parent) == []
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
+def test_what_the_machine_could_not_read_is_not_called_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    save(tmp_path, 1, 2)
+
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", failing)
+    with pytest.raises(type(error)):
+        checkpoint.newest(tmp_path)
+
+
+def test_what_was_passed_over_is_put_aside_not_deleted(tmp_path: Path) -> None:
+    _, second = save(tmp_path, 1, 2)
+    content = archive({"format": checkpoint.FORMAT + 1})
+    newer = plant(tmp_path, 3, content)
+    assert checkpoint.newest(tmp_path)["boundary"] == 2
+    Checkpoints().save(tmp_path, Moment(2, 5), state(2), best=0)
+    assert second.exists()
+    assert not newer.exists()
+    assert newer.with_name(f"{newer.name}.passed_over").read_bytes() == content
 
 
 def test_a_folder_can_be_moved(tmp_path: Path) -> None:

@@ -91,9 +91,23 @@ class Replay(Strategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
-        self.memory, self.seen = list(state["memory"]), state["seen"]
+        self.memory, self.seen = self._fitting(list(state["memory"]), state["seen"]), state["seen"]
         self._owed = state["owed"]
         self._draw.set_state(state["draw"])
+
+    def _fitting(self, memory: list[Tensor], seen: int) -> list[Tensor]:
+        """A memory of another size, of a branch's parent: a part drawn from it is a reservoir too."""
+        rows = len(memory[0]) if memory else 0
+        if rows < min(seen, self.memory_size):
+            raise InputError(
+                got=f"a memory of {self.memory_size} that begins with {rows} of {seen} examples seen",
+                allowed=f"at most {rows}: what was let go cannot be drawn any more",
+                key="strategy.replay.memory_size",
+            )
+        if rows <= self.memory_size:
+            return memory
+        kept = torch.randperm(rows, generator=generator(0, "shrink", rows))[: self.memory_size]
+        return [column[kept] for column in memory]
 
     @property
     def buffer_bytes(self) -> int:

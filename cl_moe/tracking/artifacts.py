@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
-import tempfile
-from collections.abc import Callable
 from importlib import metadata
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cl_moe import files
 from cl_moe.errors import InputError
 from cl_moe.layers.routing import ExpertLoad
 from cl_moe.tracking.record import Record
@@ -133,7 +131,10 @@ def write_loads(record: Record, path: Path) -> Path:
     columns = {name: torch.cat([piece[name] for piece in pieces or [empty]]).numpy() for name in schema.names}
     arrays = [pa.array(columns[field.name]).cast(field.type) for field in schema]
     table = pa.Table.from_arrays(arrays, schema=schema)
-    return _atomically(path, lambda temporary: pq.write_table(table, temporary))
+    content = BytesIO()
+    pq.write_table(table, content)
+    files.write_atomically(path, content.getbuffer())
+    return path
 
 
 def read_loads(path: Path) -> list[dict[int, list[ExpertLoad]]]:
@@ -172,20 +173,7 @@ def write_environment(path: Path) -> Path:
 
 def write_text(text: str, path: Path) -> Path:
     """Write a UTF-8 file whole or not at all."""
-    return _atomically(path, lambda temporary: temporary.write_bytes(text.encode()))
-
-
-def _atomically(path: Path, write: Callable[[Path], object]) -> Path:
-    """Write beside the target, then rename: a reader sees the old file or the new one, never half of one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)  # mkstemp's own mode hides the file from everyone else
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_atomically(path, text.encode())
     return path
 
 

@@ -126,8 +126,8 @@ def _parser() -> argparse.ArgumentParser:
         "--sync",
         nargs="*",
         metavar="FOLDER",
-        help="compare nothing: deliver what these runs could not, when their store was away "
-        "(default: all under outputs and multirun; --uri overrides the store of their configurations)",
+        help="compare nothing: deliver what runs in these folders could not, when their store was away "
+        "(default: outputs and multirun; --uri overrides the store of their configurations)",
     )
     return parser
 

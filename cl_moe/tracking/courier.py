@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, final
@@ -26,6 +29,7 @@ _BATCH_PARAMS = 100
 _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0  # seconds
 _SHARE = 20.0  # a store that is slow, or slow to fail, gets a twentieth of the time
 _LOCK_PATIENCE = 20.0  # seconds; as long as sqlite itself waits for a lock
+_HURRIED = 2  # seconds that a store has to answer a process that was asked to stop
 # Paul Tol's "muted" scheme: told apart with any common colour blindness
 _COLOURS = ["#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499"]
 _log = logging.getLogger(__name__)
@@ -132,6 +136,29 @@ class Backoff:
         self._next = self.clock() + (_SHARE * seconds if seconds > SLOW else 0.0)
 
 
+@contextmanager
+def hurried() -> Iterator[None]:
+    """Has MLflow wait two seconds for a locked or silent store, not twenty: schedulers kill after thirty."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def shorten(_1: object, _2: object, statement: str, given: object, *_3: object) -> tuple[str, object]:
+        # MLflow sets it with every session, and has no option for it
+        setting = statement.startswith("PRAGMA busy_timeout")
+        return (f"PRAGMA busy_timeout = {_HURRIED * 1000}" if setting else statement), given
+
+    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_HURRIED)}
+    before = {name: os.environ.get(name) for name in short}
+    os.environ.update(short)
+    event.listen(Engine, "before_cursor_execute", shorten, retval=True)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "before_cursor_execute", shorten)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def known_run(uri: str, run_id: str, *, key: str) -> tuple[MlflowClient, Run]:
     """A client of a store that exists, and a run in it.
 
@@ -187,6 +214,22 @@ def colour(arm: str) -> str:
     True
     """
     return _COLOURS[int.from_bytes(hashlib.sha256(arm.encode()).digest()[:4]) % len(_COLOURS)]
+
+
+def left(outbox: Outbox, uri: str, trouble: Exception) -> str:
+    """What did not get to the store, why, and how it gets there."""
+    folder = shlex.quote(str(outbox.folder))
+    try:
+        waiting = str(outbox.check())
+    except (InputError, OSError) as error:
+        return (
+            f"{store.first_line(trouble)}. {outbox.file} is not what the run wrote "
+            f"({store.first_line(error)}), so what it holds is not delivered before that is mended."
+        )
+    return (
+        f"{waiting} did not reach {uri} ({store.first_line(trouble)}). They are kept in {outbox.file}: "
+        f"`cl-moe-compare --sync {folder}` delivers them, and so does a resume."
+    )
 
 
 def _identity(file: Path | None) -> tuple[int, int] | None:

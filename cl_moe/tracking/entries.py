@@ -7,8 +7,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from cl_moe.errors import InputError
+
 BATCH = 1000  # points delivered together: MLflow takes no more
 _MAX_INTEGER = 2**63 - 1
+START_TAG = "start_token"
+_KEPT = ("status", "output_dir", START_TAG)  # tags that a run's start and end set, never a line
+_MLFLOWS = "mlflow."  # tags that mean something to MLflow: a run's name, parent, user
 
 
 class Point(NamedTuple):
@@ -125,12 +130,27 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
             value, ms, step = _number(fields["value"]), _whole(fields["ms"]), _whole(fields["step"])
             return Point(_text(fields["metric"]), value, _moment(ms), step)
         case ["tag", "value"]:
-            return Tag(_text(fields["tag"]), _text(fields["value"]))
+            return Tag(tag_name(_text(fields["tag"])), _text(fields["value"]))
         case ["artifact", "folder"]:
             return File(_text(fields["artifact"]), _text(fields["folder"]))
         case ["ms", "status"]:
             return Closing(_status(fields["status"]), _moment(_whole(fields["ms"])))
     raise KeyError(*fields)
+
+
+def tag_name(name: str) -> str:
+    """The name of a tag that a line may set.
+
+    Raises:
+        InputError: a tag that means something to MLflow, or that says where and how the run is.
+    """
+    if name.startswith(_MLFLOWS) or name in _KEPT:
+        raise InputError(
+            got=f"the tag {name!r}",
+            allowed=f"a name that is none of {', '.join(_KEPT)}, and does not begin with {_MLFLOWS}",
+            key="the name of this tag",
+        )
+    return name
 
 
 def _text(value: object) -> str:

@@ -66,7 +66,11 @@ class Tracker(ABC):
 
     @abstractmethod
     def tag(self, key: str, value: str) -> None:
-        """Sets a tag of the run."""
+        """Sets a tag of the run.
+
+        Raises:
+            InputError: a name that MLflow does not take, or one that it, or the run's start and end, use.
+        """
 
     @abstractmethod
     def finish(self, status: Status) -> None:

@@ -5,25 +5,31 @@ closing status. It only grows, but for a resume, which cuts off the lines of a f
 far it was delivered, and to which MLflow run, stands beside it in ``outbox.sent``. A process may die between
 delivering lines and noting so: the same lines then go out again, with the timestamps they had.
 
-Nothing in it is trusted: a line that is none of ours, or a path that leaves the run's folder, is refused.
+Nothing in it is trusted: a line that is none of ours, a path that leaves the run's folder, or a link in place
+of a file is refused.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import final
+from typing import IO, final
 
 from cl_moe.errors import InputError
+from cl_moe.files import regular, sync_folder, write_atomically
 from cl_moe.tracking.entries import Batch, Counts, Entry, File, batches, from_line, to_line
 
 OUTBOX = "outbox.jsonl"
 SENT = "outbox.sent"
 RUN_ID_FILE = "mlflow_run_id"
+START_FILE = "mlflow_run_start"  # while an MLflow run is being made: what it will be known by
 _MAX_LINE = 100_000  # bytes
+_log = logging.getLogger(__name__)
 
 
 @final
@@ -34,6 +40,9 @@ class Outbox:
         folder: the run's.
         run_id: of the MLflow run that it is delivered to. What was delivered to another one (which is gone,
             or the folder's id file was removed) waits again.
+
+    Raises:
+        InputError: the file is a link, a pipe or a folder.
     """
 
     def __init__(self, folder: Path, run_id: str) -> None:
@@ -45,22 +54,26 @@ class Outbox:
     def append(self, entries: Iterable[Entry], *, durable: bool = False) -> None:
         """Adds lines; ``durable`` waits until they, and those before, are on the disk.
 
+        If somebody removed or cut the file, that is a warning, and what is left of it goes on.
+
         Raises:
             OSError: the disk is full, say; the file then holds none of them.
+            InputError: somebody put something else in its place.
         """
         content = "".join(map(to_line, entries)).encode()
-        if not content and not (durable and self.file.exists()):
+        if not content and not (durable and self.length):
             return
-        fresh = not self.file.exists()
-        with self.file.open("wb" if fresh else "r+b") as file:
+        with self._open(os.O_RDWR | os.O_CREAT) as file:
+            if os.fstat(file.fileno()).st_size < self.length:
+                self._count_loss()
             file.truncate(self.length)  # whatever a killed process or a full disk left behind the last line
             file.seek(self.length)
             file.write(content)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        if fresh and durable:
-            _sync_folder(self.folder)
+        if durable and self.length == 0:
+            sync_folder(self.folder)
         self.length += len(content)
 
     def cut(self, length: int) -> int:
@@ -70,11 +83,10 @@ class Outbox:
             The bytes that there are now: fewer if the file was shorter or has no line that ends there.
         """
         length = self._whole_lines(length)
-        if self.sent > length:  # first: new lines must never stand where delivered ones are noted
-            self.sent = length
-            self._write_sent(durable=True)
+        self._forget_sent(length)  # first: new lines must never stand where delivered ones are noted
         if self.file.exists():
-            os.truncate(self.file, length)
+            with self._open(os.O_RDWR) as file:
+                file.truncate(length)
         self.length = length
         return length
 
@@ -105,10 +117,8 @@ class Outbox:
     def note_sent(self, end: int) -> None:
         """Remembers that all before ``end`` was delivered. A full disk costs a second delivery only."""
         self.sent = end
-        try:
-            self._write_sent(durable=False)
-        except OSError:
-            self._sent_file.with_name(f"{SENT}.part").unlink(missing_ok=True)
+        with suppress(OSError):
+            self._write_sent(end)
 
     def path(self, file: File) -> Path | None:
         """Where a file to deliver lies; None if it is gone.
@@ -128,7 +138,7 @@ class Outbox:
         return path if path.is_file() else None
 
     def _read(self, begin: int, end: int) -> Iterator[tuple[Entry, int]]:
-        with self.file.open("rb") as file:
+        with self._open() as file:
             file.seek(begin)
             while begin < end:
                 line = file.readline(_MAX_LINE)
@@ -139,11 +149,12 @@ class Outbox:
     def _whole_lines(self, limit: int | None = None) -> int:
         """Bytes up to the end of the last whole line that ends at ``limit`` or before."""
         try:
-            end = self.file.stat().st_size
+            file = self._open()
         except FileNotFoundError:
             return 0
-        end = end if limit is None else min(end, limit)
-        with self.file.open("rb") as file:
+        with file:
+            end = os.fstat(file.fileno()).st_size
+            end = end if limit is None else min(end, limit)
             while end > 0:
                 begin = max(0, end - _MAX_LINE)
                 file.seek(begin)
@@ -155,7 +166,7 @@ class Outbox:
 
     def _read_sent(self) -> int:
         try:
-            noted = json.loads(self._sent_file.read_bytes()[:_MAX_LINE])
+            noted = json.loads(_head(self._sent_file))
             sent = noted["bytes"] if noted["run_id"] == self.run_id else 0
         except (OSError, ValueError, RecursionError, KeyError, TypeError):
             return 0  # unknown: to deliver twice is harmless
@@ -163,17 +174,30 @@ class Outbox:
             return 0 if type(sent) is not int or sent < 0 else self.length
         return self._whole_lines(sent)
 
-    def _write_sent(self, *, durable: bool) -> None:
-        part = self._sent_file.with_name(f"{SENT}.part")
-        part.unlink(missing_ok=True)
-        with part.open("x") as file:
-            file.write(json.dumps({"run_id": self.run_id, "bytes": self.sent}) + "\n")
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        part.replace(self._sent_file)
-        if durable:
-            _sync_folder(self.folder)
+    def _write_sent(self, sent: int) -> None:
+        text = json.dumps({"run_id": self.run_id, "bytes": sent}) + "\n"
+        write_atomically(self._sent_file, text.encode())
+
+    def _forget_sent(self, length: int) -> None:
+        """Notes that at most so many bytes were delivered."""
+        sent = self._whole_lines(min(self.sent, length))
+        if sent < self.sent:
+            self._write_sent(sent)
+            self.sent = sent
+
+    def _count_loss(self) -> None:
+        """Goes on with the whole lines of a file that somebody has made shorter, perhaps with none."""
+        left = self._whole_lines()
+        _log.warning(
+            "%s was %d bytes long, and somebody removed or cut it in mid-run; %d bytes are left. "
+            "What stood behind them and was not delivered is lost to MLflow.",
+            *(self.file, self.length, left),
+        )
+        self._forget_sent(left)
+        self.length = left
+
+    def _open(self, flags: int = os.O_RDONLY) -> IO[bytes]:
+        return os.fdopen(regular(self.file, flags), "rb" if flags == os.O_RDONLY else "r+b")
 
     def _parse(self, line: bytes, offset: int) -> Entry:
         try:
@@ -192,13 +216,16 @@ def read_run_id(folder: Path) -> str:
     Raises:
         InputError: the file does not hold a run id.
     """
-    file = folder / RUN_ID_FILE
-    text = file.read_text(errors="replace").strip() if file.is_file() else ""
-    if not re.fullmatch("[0-9a-f]{32}", text):
-        raise InputError(
-            got=f"{text[:40]!r} in {file}", allowed="an MLflow run id, 32 hexadecimal digits", key=str(file)
-        )
-    return text
+    return _digits(folder / RUN_ID_FILE, "an MLflow run id")
+
+
+def read_start(folder: Path) -> str:
+    """What the MLflow run is known by that an earlier process may have made before it was killed.
+
+    Raises:
+        InputError: the file does not hold that.
+    """
+    return _digits(folder / START_FILE, "what a start left")
 
 
 def undelivered(folder: Path) -> bool:
@@ -212,10 +239,16 @@ def undelivered(folder: Path) -> bool:
     return outbox.sent < outbox.length
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename or a new file last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _digits(file: Path, what: str) -> str:
+    text = _head(file).decode(errors="replace").strip() if file.is_file() else ""
+    if not re.fullmatch("[0-9a-f]{32}", text):
+        raise InputError(
+            got=f"{text[:40]!r} in {file}", allowed=f"{what}, 32 hexadecimal digits", key=str(file)
+        )
+    return text
+
+
+def _head(file: Path) -> bytes:
+    """The first bytes of a small file."""
+    with open(file, "rb", opener=regular) as opened:
+        return opened.read(_MAX_LINE)

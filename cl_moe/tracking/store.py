@@ -224,13 +224,6 @@ def cut(text: str) -> str:
     return text[: _MAX_CHARACTERS - len(mark)] + mark
 
 
-def write(file: Path, text: str) -> None:
-    """The whole text or, if the process is killed, the file as it was."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text)
-    os.replace(part, file)
-
-
 def _has_content(file: Path) -> bool:
     # sqlite makes an empty file when it connects to a missing one
     return file.is_file() and file.stat().st_size > 0

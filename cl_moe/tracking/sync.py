@@ -45,7 +45,7 @@ def command(folders: Sequence[str], uri: str | None) -> None:
     """Delivers, with a line per run that had something to deliver.
 
     Args:
-        folders: of runs; none: every run under ``outputs`` and ``multirun`` of the working folder.
+        folders: of runs, or with runs below them; none: ``outputs`` and ``multirun`` of the working folder.
         uri: the store; None: the one in each run's configuration.
 
     Raises:
@@ -53,7 +53,7 @@ def command(folders: Sequence[str], uri: str | None) -> None:
         RunFailedError: something waits still.
     """
     syncer, reports = Syncer(uri), []
-    for folder in [Path(name) for name in folders] or _found():
+    for folder in _found(folders):
         report = syncer.sync(folder)
         reports.append(report)
         if folders or report != Report(folder):
@@ -128,9 +128,13 @@ class Syncer:
         return Report(folder, delivered, gone=tuple(gone))
 
 
-def _found() -> list[Path]:
-    """Folders of runs that have an outbox, under the usual places."""
-    return sorted(file.parent for place in PLACES for file in Path(place).rglob(OUTBOX))
+def _found(given: Sequence[str]) -> list[Path]:
+    """Folders of runs that have an outbox, under the usual places; given ones that hold none as they are."""
+    found = list[Path]()
+    for place in map(Path, given or PLACES):
+        below = sorted(file.parent for file in place.rglob(OUTBOX))
+        found += below or ([place] if given else [])
+    return list(dict.fromkeys(found))
 
 
 def _courier(uri: str, outbox: Outbox) -> Courier:

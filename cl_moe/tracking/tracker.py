@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import logging
 import math
-import shlex
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from cl_moe import stopping
 from cl_moe.errors import InputError
+from cl_moe.files import write_atomically
 from cl_moe.tracking import store
 from cl_moe.tracking.courier import (
     SLOW,
     Backoff,
     Courier,
     described,
+    hurried,
     known_run,
+    left,
     log_params,
 )
-from cl_moe.tracking.entries import Closing, Entry, File, Point, Tag, batches
+from cl_moe.tracking.entries import START_TAG, Closing, Entry, File, Point, Tag, batches, tag_name
 from cl_moe.tracking.interface import Status, Tracker
-from cl_moe.tracking.outbox import RUN_ID_FILE, Outbox, read_run_id
+from cl_moe.tracking.outbox import RUN_ID_FILE, START_FILE, Outbox, read_run_id, read_start
 from cl_moe.tracking.store import DEFAULT_URI, check_name, cut, must
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_RENEWED = ("status", "output_dir")  # tags that a resume sets anew: the folder may have been moved
 _log = logging.getLogger(__name__)
 
 
@@ -90,16 +95,23 @@ class MLflowTracker(Tracker):
         """Creates the run, or reopens the one of the folder; see ``Tracker.start``."""
         text, labels = described(params, tags)
         store.load_mlflow()
+        start = folder / START_FILE
         if (folder / RUN_ID_FILE).exists():
+            start.unlink(missing_ok=True)
             self.run_id = read_run_id(folder)
             self._outbox = Outbox(folder, self.run_id)
             self._reopening = partial(self._reopen, text, labels)
             self._attempt(partial(self._open, store.PAUSES), refuse=True)
             return self.run_id
+        Outbox(folder, "")  # refuses a link, before anything is made
         client = must(self.uri, lambda: store.open_store(self.uri))
+        if not start.exists():  # else a process was killed here, perhaps when MLflow had its run already
+            write_atomically(start, f"{secrets.token_hex(16)}\n".encode())
+        labels[START_TAG] = read_start(folder)
         self.run_id = must(self.uri, lambda: self._create(client, name, labels))
-        store.write(folder / RUN_ID_FILE, f"{self.run_id}\n")
         self._outbox = Outbox(folder, self.run_id)
+        write_atomically(folder / RUN_ID_FILE, f"{self.run_id}\n".encode())
+        start.unlink()
         must(self.uri, lambda: log_params(client, self.run_id, text, labels))
         self._courier = Courier(self.uri, client, self._outbox, known=False)
         return self.run_id
@@ -113,15 +125,15 @@ class MLflowTracker(Tracker):
                 self._noted.append(Point(key, number, stamp, int(step)))
 
     def send(self) -> None:
-        """Sends what the outbox holds, oldest first, as far as that does not hold up training."""
+        """Sends what the outbox holds, oldest first, as far as that holds up neither training nor a stop."""
         if self.backoff.due():
-            self._attempt(self._deliver)
+            self._attempt(self._deliver_in_a_hurry if stopping.asked() else self._deliver)
 
     def state_dict(self) -> dict[str, Any]:
-        """``bytes`` of the outbox up to this moment, the clock, the MLflow run: always of one size."""
+        """``bytes`` of the outbox up to this moment, and the clock: always of one size."""
         self.outbox.append([*self._unwritten, *self._noted], durable=True)
         self._unwritten, self._noted = [], []
-        return {"bytes": self.outbox.length, "clock": self._clock, "run_id": self.run_id}
+        return {"bytes": self.outbox.length, "clock": self._clock}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Cuts the outbox to where it was at the checkpoint; without one, to nothing."""
@@ -148,6 +160,7 @@ class MLflowTracker(Tracker):
     def tag(self, key: str, value: str) -> None:
         """Sets the tag now, or with a later ``send`` if the store is away."""
         check_name(key, "tag")
+        tag_name(key)
         text = value.replace("\0", "").encode(errors="replace").decode()  # of an error about odd bytes, say
         self._put(Tag(key, cut(text)))
 
@@ -157,16 +170,17 @@ class MLflowTracker(Tracker):
         try:
             self.outbox.append(entries, durable=True)
             entries = []
-        except OSError as error:
+        except (OSError, InputError) as error:
             _log.warning("%s does not take the end of the run: %s", self.outbox.file, store.first_line(error))
         self._unwritten, self._noted = [], []
-        trouble = self._attempt(partial(self._deliver, last=entries, in_earnest=True), warn=False)
+        if status == "stopped":  # whoever asked for it kills before long
+            deliver = partial(self._deliver_in_a_hurry, entries)
+        else:
+            deliver = partial(self._deliver, entries, in_earnest=True)
+        trouble = self._attempt(deliver, warn=False)
         if trouble is not None:
             _log.warning(
-                "MLflow run %s was not closed: %s did not reach %s (%s). They are kept in %s: "
-                "`cl-moe-compare --sync %s` delivers them, and so does a resume.",
-                *(self.run_id, _waiting(self.outbox), self.uri, store.first_line(trouble)),
-                *(self.outbox.file, shlex.quote(str(self.outbox.folder))),
+                "MLflow run %s was not closed: %s", self.run_id, left(self.outbox, self.uri, trouble)
             )
 
     def _stamp(self) -> int:
@@ -189,14 +203,18 @@ class MLflowTracker(Tracker):
         return self._outbox
 
     def _create(self, client: MlflowClient, name: str, tags: dict[str, str]) -> str:
+        """The run that a try before this one made, if it came so far; else a new one."""
         experiment = store.experiment_id(client, self.experiment)
+        made = client.search_runs([experiment], f"tags.{START_TAG} = '{tags[START_TAG]}'", max_results=1)
+        if made:
+            return str(made[0].info.run_id)
         return str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
 
     def _reopen(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Marks the run as running, and sets what it lacks; each may be done twice."""
         client, run = known_run(self.uri, self.run_id, key="tracking.uri")
         client.update_run(self.run_id, status="RUNNING")
-        labels = {key: value for key, value in tags.items() if key == "status" or key not in run.data.tags}
+        labels = {key: value for key, value in tags.items() if key in _RENEWED or key not in run.data.tags}
         rest = {key: value for key, value in params.items() if key not in run.data.params}
         log_params(client, self.run_id, rest, labels)
         self._courier = Courier(self.uri, client, self.outbox, known=True)
@@ -205,7 +223,7 @@ class MLflowTracker(Tracker):
         try:
             self.outbox.append([*self._unwritten, entry])
             self._unwritten = []
-        except OSError:  # it goes with the next checkpoint, which fails aloud, or with the end
+        except (OSError, InputError):  # it goes with the next checkpoint, which fails aloud, or with the end
             self._unwritten.append(entry)
         self.send()
 
@@ -242,6 +260,20 @@ class MLflowTracker(Tracker):
         for batch in batches((entry, 0) for entry in last):
             store.retry(partial(self._send, batch.entries), pauses)
 
+    def _deliver_in_a_hurry(self, last: Sequence[Entry] = ()) -> None:
+        """One try, which ends after the batch that is under way when a few seconds are over."""
+        if self._reopening is not None:
+            raise TimeoutError("it has not answered since the run went on")
+        began = self.backoff.clock()
+        with hurried():
+            for batch in self.outbox.waiting():
+                if self.backoff.clock() - began > SLOW:
+                    raise TimeoutError("it is slow, and the run was asked to stop")
+                self._send(batch.entries)
+                self.outbox.note_sent(batch.end)
+            for batch in batches((entry, 0) for entry in last):
+                self._send(batch.entries)
+
     def _open(self, pauses: Sequence[float]) -> None:
         if self._reopening is not None:
             store.retry(self._reopening, pauses)
@@ -250,10 +282,3 @@ class MLflowTracker(Tracker):
     def _send(self, entries: Sequence[Entry]) -> None:
         assert self._courier is not None
         self._courier.deliver(entries)
-
-
-def _waiting(outbox: Outbox) -> str:
-    try:
-        return str(outbox.check())
-    except (InputError, OSError) as error:
-        return f"what {outbox.file} holds ({store.first_line(error)})"

@@ -195,3 +195,27 @@ def test_what_cannot_be_is_refused(options: dict[str, float], key: str) -> None:
     with pytest.raises(InputError) as caught:
         Replay(**options)
     assert caught.value.key == key
+
+
+def test_a_smaller_memory_takes_over_a_fair_part(outlook) -> None:
+    large = filled(outlook, 40)
+    small = Replay(memory_size=12)
+    small.load_state_dict(large.state_dict())
+    held = members(small)
+    assert len(held) == len(set(held)) == 12
+    assert set(held) < set(members(large))
+    assert small.memory[1].tolist() == [10 * row for row in held]
+    assert small.seen == large.seen
+    small.begin(outlook(numbered()[0]))
+    small.end(outlook(numbered()[0]))
+    assert len(members(small)) == 12
+
+
+def test_a_larger_memory_cannot_be_fair_once_rows_were_let_go(outlook) -> None:
+    with pytest.raises(InputError) as caught:
+        Replay(memory_size=50).load_state_dict(filled(outlook, 40).state_dict())
+    assert caught.value.key == "strategy.replay.memory_size"
+    whole = filled(outlook, 60)
+    larger = Replay(memory_size=90)
+    larger.load_state_dict(whole.state_dict())
+    assert members(larger) == members(whole)

@@ -149,7 +149,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(record, tmp_path, monk
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="space"):
         artifacts.write_ledger([], path)
     assert artifacts.read_ledger(path) == record.ledger

@@ -89,6 +89,10 @@ class StandIn:
         self.tags |= tags
         return self.get_run(RUN)
 
+    def search_runs(self, *_: object, **__: object) -> list[SimpleNamespace]:
+        self._answer()
+        return []
+
     def get_experiment_by_name(self, _: str) -> SimpleNamespace:
         return SimpleNamespace(lifecycle_stage="active", experiment_id="1")
 

@@ -157,7 +157,32 @@ def test_an_outbox_that_no_run_wrote_is_refused_before_anything_is_sent(
     assert len(MlflowClient(uri).get_metric_history(bad_id, "train/loss")) == 1
 
 
-@pytest.mark.parametrize("entry", [Point("a=b", 1.0, 1, 1), Tag("../a", "b")])
+def test_the_folder_of_a_sweep_stands_for_its_runs(
+    run: Callable[..., Path], uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [run(f"multirun/sweep/{job}") for job in range(2)]
+    other = run("multirun/other/0")
+    (tmp_path / "empty").mkdir()
+    assert sync("multirun/sweep", runs[0]) == 0
+    assert capsys.readouterr().out.count("delivered 2 points") == 2
+    for folder in runs:
+        check_delivered(uri, folder)
+    assert undelivered(other)
+    assert sync("empty", "multirun/other") == 2
+    assert "empty, without" in capsys.readouterr().err
+    check_delivered(uri, other)
+
+
+def test_a_link_in_place_of_an_outbox_is_refused(run: Callable[..., Path], tmp_path: Path) -> None:
+    folder, precious = run(), tmp_path / "precious"
+    (folder / OUTBOX).rename(precious)
+    before = precious.read_bytes()
+    (folder / OUTBOX).symlink_to(precious)
+    assert sync(folder) == 2
+    assert precious.read_bytes() == before
+
+
+@pytest.mark.parametrize("entry", [Point("a=b", 1.0, 1, 1), Tag("../a", "b"), Tag("mlflow.runName", "b")])
 def test_a_name_that_no_run_writes_is_refused(entry: Point | Tag, run: Callable[..., Path]) -> None:
     folder = run()
     with (folder / OUTBOX).open("a") as file:

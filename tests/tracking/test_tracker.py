@@ -131,6 +131,13 @@ def test_reopening_keeps_params_and_tags(uri: str, tmp_path: Path) -> None:
     assert (run.data.tags["status"], run.data.tags["x"], run.info.status) == ("running", "y", "RUNNING")
 
 
+@pytest.mark.parametrize("name", ["mlflow.runName", "status", "output_dir", "start_token"])
+def test_a_tag_that_means_something_else_is_refused(name: str, uri: str, tmp_path: Path) -> None:
+    tracker = _begin(uri, tmp_path)
+    with pytest.raises(InputError, match=name):
+        tracker.tag(name, "x")
+
+
 def test_a_folder_whose_run_is_unknown(uri: str, tmp_path: Path) -> None:
     (tmp_path / RUN_ID_FILE).write_text("0" * 32)
     with pytest.raises(InputError, match=r"tracking\.uri"):

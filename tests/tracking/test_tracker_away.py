@@ -3,13 +3,16 @@
 import itertools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
+from cl_moe import stopping
 from cl_moe.errors import InputError, RunFailedError
 from cl_moe.tracking import store
 from cl_moe.tracking.outbox import OUTBOX, RUN_ID_FILE, undelivered
@@ -137,6 +140,101 @@ def test_a_damaged_outbox_is_a_warning_while_it_trains(
         tracker.finish("finished")
     assert len(caplog.records) == 2
     assert "which is no point" in caplog.text
+    last = caplog.records[-1].message
+    assert "not delivered before that is mended" in last
+    assert "--sync" not in last
+
+
+def test_an_outbox_that_disappears_costs_its_unsent_lines_only(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = _begin(uri, tmp_path)
+    tracker.add({"train/loss": 1.0}, 0)
+    tracker.state_dict()
+    tracker.send()
+    (tmp_path / OUTBOX).unlink()
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2):
+            tracker.add({"train/loss": 1.0 / step}, step)
+            tracker.state_dict()
+            tracker.send()
+        tracker.finish("finished")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert _history(tracker, "train/loss") == [(0, 1.0), (1, 1.0), (2, 0.5)]
+    assert not undelivered(tmp_path)
+
+
+@pytest.fixture
+def patience() -> Iterator[list[str]]:
+    """How long sqlite was told to wait for a lock, each time that it was told."""
+    told: list[str] = []
+
+    def listen(_1: object, _2: object, statement: str, *_3: object) -> None:
+        if "busy_timeout" in statement:
+            told.append(statement.rpartition("= ")[2].rstrip(";"))
+
+    event.listen(Engine, "after_cursor_execute", listen)
+    yield told
+    event.remove(Engine, "after_cursor_execute", listen)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_stop_does_not_wait_for_a_lock(
+    asked: bool, uri: str, tmp_path: Path, patience: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = _begin(uri, tmp_path)
+    tracker.add({"train/loss": 1.0}, 0)
+    tracker.state_dict()
+    monkeypatch.setattr(stopping, "asked", lambda: asked)
+    patience.clear()
+    tracker.send()
+    assert set(patience) == {"2000" if asked else "20000"}
+    patience.clear()
+    tracker.finish("stopped")
+    assert set(patience) == {"2000"}
+    assert tracker.client.get_run(tracker.run_id).info.status == "KILLED"
+    assert patience[-1] == "20000"  # afterwards it is as patient as ever
+    assert (
+        "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ or os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "20"
+    )
+
+
+def test_a_stop_tries_once_and_keeps_what_waits(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def locked(*_: object, **__: object) -> None:
+        calls.append(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"])
+        raise MlflowException("database is locked")
+
+    tracker, calls = _begin(uri, tmp_path), list[str]()
+    tracker.add({"train/loss": 1.0}, 0)
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(tracker.client, "log_batch", locked)
+        tracker.finish("stopped")
+    assert calls == ["2"]
+    assert "1 point, the end of the run did not reach" in caplog.text
+    assert undelivered(tmp_path)
+    resumed = _begin(uri, tmp_path)
+    resumed.finish("finished")
+    assert _history(resumed, "train/loss") == [(0, 1.0)]
+
+
+def test_a_stop_while_a_store_has_not_answered_since_the_start_asks_nobody(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        calls.append(1)
+        raise OSError("no route to host")
+
+    _begin(uri, tmp_path).finish("stopped")
+    calls = list[int]()
+    monkeypatch.setattr(store, "PAUSES", ())
+    monkeypatch.setattr(store, "open_store", away)
+    resumed = _begin(uri, tmp_path)
+    resumed.finish("stopped")
+    assert calls == [1]
+    assert "has not answered since" in caplog.text
+    assert undelivered(tmp_path)
 
 
 def test_what_a_resume_wanted_is_done_when_the_store_answers(
