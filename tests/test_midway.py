@@ -28,19 +28,28 @@ PEER = ("layer=peer", "layer.num_experts=16", "layer.k=2", "layer.heads=2", "gro
 differences = runpy.run_path(str(Path(__file__).with_name("chaos.py")))["differences"]
 Run = Callable[[Path, Sequence[str]], None]
 STRATEGIES = sorted(path.stem for path in Path(conf.__path__[0], "strategy").glob("*.yaml"))
+OTHERWISE = ("joint", "distill_from")  # trains before any growth; needs a teacher: see test_distilling
+TEXT = (
+    *("stream=text_domains", "stream.train_bytes=6000", "stream.test_bytes=2000", "stream.context=32"),
+    *("model.width=16", "trainer.batch_size=32", "growth=never", "freeze=never"),
+)
 ARMS: dict[str, tuple[str, ...]] = {
-    **{f"strategy {name}": (*MOE, f"strategy={name}") for name in STRATEGIES if name != "joint"},
-    "strategy joint": ("layer=moe", "layer.hidden=8", "strategy=joint"),  # trains before any growth
+    **{f"strategy {name}": (*MOE, f"strategy={name}") for name in STRATEGIES if name not in OTHERWISE},
+    "strategy joint": ("layer=moe", "layer.hidden=8", "strategy=joint"),
     "strategies together": (*MOE, "strategy=[replay,lwf]", "optimizer=adamw", "optimizer.state=carry"),
     "layer dense": ("strategy=replay", "optimizer.momentum=0.9"),
     "layer moe switch": (*MOE, "router=switch", "optimizer=adamw"),
     "layer peer": (*GROW, *PEER, "optimizer=adamw", "optimizer.state=carry"),
     "accumulating": (*MOE, "trainer.accumulate=2", "trainer.gradient_clip=1"),
     "one batch": (*MOE, "trainer.batch_size=1000", "trainer.epochs=3"),
-    "text": (
-        *("stream=text_domains", "stream.train_bytes=6000", "stream.test_bytes=2000", "stream.context=32"),
-        *("model=decoder", "model.width=16", "trainer.batch_size=32", "strategy=replay"),
-    ),
+    "layer pkm": (*GROW, *PEER, "layer=pkm", "layer.retrieval.policy=sum"),
+    "layer peer of shells": (*PEER[:-1], "growth=at", "growth.events={1:9}", "layer.retrieval.grow_by=shell"),
+    "router gshard": (*MOE, "router=gshard", "router.scores.function=sigmoid", "layer.num_shared=1"),
+    "router expert_choice": (*MOE, "router=expert_choice", "model=patch_transformer", "layer.dropout=0.1"),
+    "balanced without a loss": (*MOE, "router.scores.bias_rate=1e-3", "trainer.accumulate=2"),
+    "text": ("model=decoder", *TEXT, "strategy=replay"),
+    "text in depth": ("model=decoder", *TEXT, "model.depth=0.5", "model.num_blocks=4"),
+    "text with spans hidden": ("model=encoder", *TEXT, "layer=moe", "router=expert_choice"),
 }
 
 
