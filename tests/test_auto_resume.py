@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import runpy
 import shutil
 import signal
@@ -17,7 +16,7 @@ from cl_moe.learner import Learner
 from cl_moe.tracking import artifacts, figures
 from cl_moe.tracking.outbox import SENT
 
-DRIVER = Path(__file__).with_name("killed.py")
+CHAOS = runpy.run_path(str(Path(__file__).with_name("chaos.py")))
 SMALL = ("trainer.epochs=1", "stream.tune_on_first=2", "model.width=16", "layer=moe", "layer.hidden=8")
 AGAIN = ("auto_resume=true", *SMALL)
 SWEEP = ("-m", *SMALL, "seed.init=0,1,2")
@@ -31,16 +30,12 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def killed(ready_store: Path, tmp_path: Path) -> Callable[..., None]:
     """``killed(place, count, *arguments)``: a command that dies in the count-th call of a place."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["cl_moe.launch", "cl_moe.experiment", "mlflow", "datasets", "sklearn"])
+    server = CHAOS["forkserver"]()
 
     def kill(place: str, count: int, *arguments: str) -> None:
         if not (tmp_path / "mlflow.db").exists():
             shutil.copy(ready_store, tmp_path / "mlflow.db")
-        given = {"FOLDER": str(tmp_path), "ARGUMENTS": [*arguments], "PLACE": place, "COUNT": count}
-        given |= {"SIGNAL": int(signal.SIGKILL)}
-        process = server.Process(target=runpy.run_path, args=(str(DRIVER), given))
-        process.start()
+        process = CHAOS["start"](server, tmp_path, arguments, place, count)
         process.join(120)
         assert process.exitcode == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import runpy
 import shutil
 import signal
@@ -18,7 +17,7 @@ from mlflow.entities import Run
 from cl_moe import checkpoint
 from cl_moe.tracking import artifacts, figures
 
-DRIVER = Path(__file__).with_name("killed.py")
+CHAOS = runpy.run_path(str(Path(__file__).with_name("chaos.py")))
 PARENT = (
     *("hydra.run.dir=out", "trainer.epochs=1", "stream.tune_on_first=4", "trainer.log_every=4"),
     *("layer=moe", "layer.hidden=8", "layer.num_experts=4", "model.width=16", "strategy=replay"),
@@ -165,12 +164,7 @@ def test_a_killed_child_goes_on_as_itself(
     other = tmp_path_factory.mktemp("through")
     shutil.copytree(here, other, dirs_exist_ok=True)
     assert command_in(other, *BRANCH, *GROWN).status == 0
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["cl_moe.launch", "cl_moe.experiment", "mlflow", "datasets", "sklearn"])
-    given = {"FOLDER": str(here), "ARGUMENTS": [*BRANCH, *GROWN], "PLACE": place, "COUNT": count}
-    given |= {"SIGNAL": int(signal.SIGKILL)}
-    process = server.Process(target=runpy.run_path, args=(str(DRIVER), given))
-    process.start()
+    process = CHAOS["start"](CHAOS["forkserver"](), here, (*BRANCH, *GROWN), place, count)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL, (here / "log.txt").read_text()
     done = command_in(here, "resume=child")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import runpy
 import shutil
@@ -28,7 +27,7 @@ from cl_moe.tracking import compare, store
 from cl_moe.tracking.outbox import undelivered
 from cl_moe.tracking.tracker import MLflowTracker
 
-DRIVER = Path(__file__).with_name("killed.py")
+CHAOS = runpy.run_path(str(Path(__file__).with_name("chaos.py")))
 SMALL = ("hydra.run.dir=outputs/one", "trainer.epochs=1", "stream.tune_on_first=2", "trainer.log_every=4")
 WALL_CLOCK = {"cost/seconds", "cost/tokens_per_second"}
 Points = dict[str, list[tuple[int, float]]]
@@ -282,17 +281,12 @@ def test_a_local_store_needs_no_network_and_nothing_listens(
 
 @pytest.mark.slow
 def test_eight_jobs_on_one_fresh_store(undisturbed: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cl_moe.launch", "cl_moe.experiment", "mlflow", "datasets", "sklearn"])
+    context = CHAOS["forkserver"]()
     words = [*SMALL, f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
     jobs = []
     for number in range(8):
         (tmp_path / str(number)).mkdir()
-        given = {"FOLDER": str(tmp_path / str(number)), "ARGUMENTS": words, "PLACE": "never", "COUNT": 0}
-        given["SIGNAL"] = signal.SIGKILL
-        jobs.append(context.Process(target=runpy.run_path, args=(str(DRIVER), given)))
-    for job in jobs:
-        job.start()
+        jobs.append(CHAOS["start"](context, tmp_path / str(number), words))
     for job in jobs:
         job.join(300)
     logs = [(tmp_path / str(number) / "log.txt").read_text() for number in range(8)]

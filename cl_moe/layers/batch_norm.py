@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cl_moe.layers.precision import wide
 from cl_moe.layers.ranks import sum_over_ranks
+from cl_moe.layers.recomputing import recomputing
 
 
 class MaskedBatchNorm(nn.Module):
@@ -61,7 +62,7 @@ class MaskedBatchNorm(nn.Module):
         squares_F = ((x_TF - mean_F) * real_T1).square().sum(dim=0)
         squares_F = sum_over_ranks(squares_F) if torch.is_grad_enabled() else squares_F
         enough = totals[-1].detach() >= 2
-        if not _recomputing():
+        if not recomputing():
             self._move(mean_F.detach(), squares_F.detach() / (count - 1).clamp_min(1.0), enough)
         var_F = squares_F / count
         return torch.where(enough, mean_F, self.running_mean), torch.where(enough, var_F, self.running_var)
@@ -71,8 +72,3 @@ class MaskedBatchNorm(nn.Module):
         share = torch.where(enough, self.momentum, 0.0).to(mean_F.dtype)
         self.running_mean.lerp_(mean_F.to(self.running_mean.dtype), share.to(self.running_mean.dtype))
         self.running_var.lerp_(unbiased_var_F.to(self.running_var.dtype), share.to(self.running_var.dtype))
-
-
-def _recomputing() -> bool:
-    """Whether the autograd engine runs: a forward pass inside it is one done again for gradients."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

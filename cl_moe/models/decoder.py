@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from cl_moe.errors import InputError
 from cl_moe.layers.routing import Routing
 from cl_moe.models.base import Head
 from cl_moe.models.slots import LayerFactory
-from cl_moe.models.transformer import Blocks, Depth, TransformerBody
+from cl_moe.models.transformer import Blocks, Depth, TransformerBody, draw_tables, embed
 
 
 class DecoderLM(TransformerBody):
@@ -73,29 +71,3 @@ class DecoderLM(TransformerBody):
         x_BSD = embed(inputs, self.tokens, self.positions)
         out_BSD, routings = self._through_blocks(x_BSD, mask, cohorts)
         return self.head(out_BSD), routings
-
-
-def draw_tables(*tables: nn.Embedding) -> None:
-    """Small embeddings: normal, standard deviation .02 (GPT-2)."""
-    for table in tables:
-        nn.init.normal_(table.weight, std=0.02)
-
-
-def embed(inputs: Tensor, tokens: nn.Embedding, positions: nn.Embedding) -> Tensor:
-    """(B, S, D): what stands at each position, plus where.
-
-    Raises:
-        InputError: the inputs are no tokens, or more than there are positions.
-    """
-    if inputs.dim() != 2 or inputs.is_floating_point():
-        raise InputError(
-            got=f"inputs of shape {tuple(inputs.shape)} and dtype {inputs.dtype}",
-            allowed="tokens: whole numbers (B, S), as streams of text give them",
-            key="stream (or model)",
-        )
-    length, context = inputs.shape[1], positions.num_embeddings
-    if length > context:
-        raise InputError(
-            got=f"{length} tokens", allowed=f"at most {context}, the context", key="stream.context"
-        )
-    return tokens(inputs) + positions(torch.arange(length, device=inputs.device))

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from cl_moe.layers.routing import Routing
 from cl_moe.models.base import Head
-from cl_moe.models.decoder import draw_tables, embed
 from cl_moe.models.slots import LayerFactory
 from cl_moe.models.spans import SpanMasking
-from cl_moe.models.transformer import Blocks, Depth, TransformerBody
+from cl_moe.models.transformer import Blocks, Depth, TransformerBody, draw_tables, embed
 from cl_moe.stream import IGNORE
 
 

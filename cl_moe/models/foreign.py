@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 
 from cl_moe.errors import InputError
+from cl_moe.layers.recomputing import recomputing
 from cl_moe.layers.routing import ExpertLayer, Routing
 from cl_moe.layers.upcycle import linear_maps
 from cl_moe.layers.upcycle import upcycle as upcycle_layer
@@ -63,7 +63,7 @@ class ExpertSlot(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, of the shape of ``x`` (..., D)."""
         collected = self.collected
-        again = torch._C._current_graph_task_id() != -1  # autograd is running: this is no forward pass
+        again = recomputing()
         if collected is None:
             if again and self.was_masked:
                 raise RuntimeError(

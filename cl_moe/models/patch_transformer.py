@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from cl_moe.errors import InputError
 from cl_moe.layers.routing import Routing
 from cl_moe.models.base import Head
-from cl_moe.models.decoder import draw_tables
 from cl_moe.models.slots import LayerFactory
-from cl_moe.models.transformer import Blocks, Depth, TransformerBody
+from cl_moe.models.transformer import Blocks, Depth, TransformerBody, draw_tables
 
 
 class PatchTransformer(TransformerBody):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cl_moe.errors import InputError
@@ -172,3 +173,29 @@ def depth_routers(depth: Depth, num_blocks: int, width: int, causal: bool) -> nn
             for index in range(every - 1, num_blocks, every)
         }
     )
+
+
+def draw_tables(*tables: nn.Embedding) -> None:
+    """Small embeddings: normal, standard deviation .02 (GPT-2)."""
+    for table in tables:
+        nn.init.normal_(table.weight, std=0.02)
+
+
+def embed(inputs: Tensor, tokens: nn.Embedding, positions: nn.Embedding) -> Tensor:
+    """(B, S, D): what stands at each position, plus where.
+
+    Raises:
+        InputError: the inputs are no tokens, or more than there are positions.
+    """
+    if inputs.dim() != 2 or inputs.is_floating_point():
+        raise InputError(
+            got=f"inputs of shape {tuple(inputs.shape)} and dtype {inputs.dtype}",
+            allowed="tokens: whole numbers (B, S), as streams of text give them",
+            key="stream (or model)",
+        )
+    length, context = inputs.shape[1], positions.num_embeddings
+    if length > context:
+        raise InputError(
+            got=f"{length} tokens", allowed=f"at most {context}, the context", key="stream.context"
+        )
+    return tokens(inputs) + positions(torch.arange(length, device=inputs.device))
