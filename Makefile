@@ -4,7 +4,7 @@ VENV    = .venv
 STAMP   = $(VENV)/.installed
 PY      = $(VENV)/bin/python
 WORKERS = 2
-EXTRAS  = dev,transformers
+EXTRAS  = dev,transformers,system
 SEED    = 0
 PYTEST  = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
@@ -14,7 +14,7 @@ ifneq ($(STAMPED),$(CURDIR))
 FRESH = fresh
 endif
 
-.PHONY: help demo test test-all check format chaos bench clean fresh
+.PHONY: help demo test test-all check format chaos pictures bench clean fresh
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' Makefile | expand -t 12
@@ -46,8 +46,13 @@ format: $(STAMP) ## put the source into the one format, mend what ruff can
 chaos: $(STAMP) ## kill a run 20 times at random moments, resume it each time, compare; SEED=... chooses them
 	OMP_NUM_THREADS=1 $(PY) tests/chaos.py --seed $(SEED)
 
+pictures: $(STAMP) ## the README's pictures, of the runs that make demo left; needs Chromium
+	$(VENV)/bin/cl-moe-compare --experiment demo --baseline naive
+	$(PY) tests/pictures.py demo
+
 bench: $(STAMP) ## speed and memory, as ratios
 	$(PY) benchmarks/train_step.py
+	$(PY) benchmarks/overhead.py
 
 clean: ## remove .venv, builds and caches; runs and their results stay
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

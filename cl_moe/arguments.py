@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cl_moe.errors import InputError
 from cl_moe.folder import COMMAND, mapping, read_command, store_of
+from cl_moe.repeating import reproduced
 from cl_moe.tracking.store import find_run
 from cl_moe.words import (
     is_sweep,
@@ -30,12 +31,14 @@ from cl_moe.words import (
 
 SWEEP = "multirun.yaml"
 """In a sweep's folder: Hydra's own record of its command."""
-BESIDE_RESUME = ("resume", "auto_resume", "checkpoint", "tracking.uri")
+BESIDE_RESUME = ("resume", "auto_resume", "checkpoint", "tracking.uri", "tracking.system_metrics")
 """Keys that say how and where a run is kept, not what it is: they may change when it goes on."""
-_NEVER_INHERITED = ("resume", "auto_resume", "output_dir", "hydra", "branch")
+_NEVER_INHERITED = ("resume", "auto_resume", "output_dir", "hydra", "branch", "reproduce")
+CUMULATIVE = "eval.cumulative"
+"""Names a run that this one is compared with."""
 _STUDENT = {"layer": "dense", "growth": "never", "freeze": "never", "strategy": "distill_from"}
 """What a student has instead of its teacher's, unless it is given."""
-_SAME_ARM = (*_NEVER_INHERITED, "checkpoint", "tracking", "seed", "mlflow_experiment")
+_SAME_ARM = (*_NEVER_INHERITED, "checkpoint", "eval", "tracking", "seed", "mlflow_experiment")
 
 
 def rewritten(arguments: list[str]) -> list[str]:
@@ -45,7 +48,9 @@ def rewritten(arguments: list[str]) -> list[str]:
         InputError: no such run to resume or to branch from, or an argument that cannot stand beside that.
     """
     resumed, branch = value_of(arguments, "resume"), value_of(arguments, "branch")
-    teacher = value_of(arguments, "distill")
+    teacher, original = value_of(arguments, "distill"), value_of(arguments, "reproduce")
+    if original is not None and resumed is None:
+        return reproduced(arguments, original)
     if resumed is not None and branch is not None:
         raise InputError(
             got=f"branch={branch} beside resume={resumed}",
@@ -60,6 +65,10 @@ def rewritten(arguments: list[str]) -> list[str]:
         )
     if resumed is not None:
         return _resumed(arguments, resumed)
+    if (compared := value_of(arguments, CUMULATIVE)) is not None:  # the same run from every working folder
+        flags, given = split_flags(without(arguments, CUMULATIVE))
+        folder = run_folder(compared, *uri_of(arguments), key=CUMULATIVE)
+        arguments = [*flags, *given, f"{CUMULATIVE}={quoted(str(folder))}"]
     if str(value_of(arguments, "auto_resume")).lower() == "true":
         arguments = _with_lasting_folder(arguments)
     if teacher is not None:
@@ -86,6 +95,11 @@ def branch_point(text: str, *uri: str, key: str = "branch") -> tuple[Path, int]:
             key=key,
         )
     return _folder(key, name, f"@{number}", *uri), int(number)
+
+
+def run_folder(text: str, *uri: str, key: str) -> Path:
+    """Folder of the run that ``<run id or run folder>`` names; else as ``branch_point``."""
+    return _folder(key, text, "", *uri)
 
 
 def _resumed(arguments: list[str], name: str) -> list[str]:
@@ -146,7 +160,11 @@ def _resumed_sweep(arguments: list[str], folder: Path) -> list[str]:
 
 def _with_store(known: list[str], uri: str | None) -> list[str]:
     """The arguments with the store in which the run began; they may name it relative to another folder."""
-    return [*without(known, "tracking.uri"), f"tracking.uri={quoted(uri)}"] if uri else known
+    return (
+        [*without(known, "tracking.uri", "tracking.system_metrics"), f"tracking.uri={quoted(uri)}"]
+        if uri
+        else known
+    )
 
 
 def _known_and_given(arguments: list[str], stored: Iterable[str]) -> list[str]:

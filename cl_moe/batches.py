@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from cl_moe.seeds import generator
+from cl_moe.stream import IGNORE
 
 
 class Order(Sampler[Tensor]):
@@ -61,3 +62,15 @@ def _loader(data: TensorDataset, order: Order) -> DataLoader:
     # batch_size=None: the sampler's rows index the tensors at once, one index_select per batch. The generator
     # keeps the loader from drawing its worker seed out of torch's global one.
     return DataLoader(data, batch_size=None, sampler=order, generator=torch.Generator())
+
+
+def probe_rows(num_rows: int, samples: int) -> Tensor:
+    """At most ``samples`` of the rows, ascending; drawn by no seed of a run, so that runs compare."""
+    order = torch.randperm(num_rows, generator=generator(0, "probe", num_rows))
+    return order[:samples].sort().values
+
+
+def padding_mask(targets: Tensor) -> Tensor | None:
+    """(B, S) bool, False on padding; None where there is none, which spares the layers the work."""
+    mask = targets != IGNORE
+    return None if bool(mask.all()) else mask

@@ -1,14 +1,16 @@
-"""A child run that starts from a boundary of its parent: what they must share, and how it is found."""
+"""Other runs that a run refers to: the parent of a branch, and the cumulative run to compare with."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from cl_moe import checkpoint
-from cl_moe.arguments import branch_point
+from cl_moe.arguments import CUMULATIVE, branch_point, run_folder
 from cl_moe.checkpoint import Branch
 from cl_moe.errors import InputError
 from cl_moe.folder import CONFIG, fixed, read_config, store_of
@@ -60,6 +62,40 @@ def history(branch: Branch) -> str:
         words.insert(0, f"branch@{number}")
         folder = Path(name)
     return " ".join(words)
+
+
+def cumulative_matrix(config: DictConfig, learnt: object) -> Tensor | None:
+    """(T + 1, T) accuracy matrix of the cumulative run that a configuration names, if it names one.
+
+    Args:
+        config: of a run.
+        learnt: the fingerprint of its stream: names of the experiences in order, and their data.
+
+    Raises:
+        InputError: no such run, it learnt another stream or in another way, or it has not finished.
+    """
+    if config.eval.cumulative is None:
+        return None
+    uri = config.tracking.get("uri")
+    folder = run_folder(config.eval.cumulative, *([uri] if uri else []), key=CUMULATIVE)
+    if "cumulative" not in (read_config(folder, CUMULATIVE).get("strategy") or {}):
+        got = "a run without strategy=cumulative"
+    else:
+        state = checkpoint.newest(folder / "checkpoints") or {}
+        rows = state.get("record", {}).get("rows", [])
+        if not rows:
+            got = "a run that has saved nothing"
+        elif state.get("fingerprint", {}).get("stream") != learnt:
+            got = "a run of other experiences, data or order"
+        elif len(rows) != len(rows[0]) + 1:
+            got = f"a run that is at {len(rows) - 1} of its {len(rows[0])} experiences"
+        else:
+            return torch.stack(rows)
+    raise InputError(
+        got=f"{CUMULATIVE}={folder}, {got}",
+        allowed="a finished run of the same stream in the same order, with strategy=cumulative",
+        key=CUMULATIVE,
+    )
 
 
 def _store(folder: Path) -> str | None:

@@ -25,7 +25,7 @@ from cl_moe import failures
 from cl_moe.errors import InputError
 from cl_moe.files import whole_or_not
 
-FORMAT = 2
+FORMAT = 3
 NAME = re.compile(r"boundary_(\d+)(?:_batch_(\d+))?-([0-9a-f]{16})\.pt")
 INSIDE = 2  # checkpoints kept inside an experience: the newest, and one to fall back on
 State = dict[str, Any]
@@ -64,10 +64,16 @@ class Checkpoints:
         every_minutes: minutes between two of them; None for none by time.
         keep: newest boundaries kept, beside the best (highest mean score over the whole stream's test data);
             None keeps all, so that any of them can be branched from.
+        model_mb: the model of a finished run is written into its folder ``model`` (and to MLflow) if its
+            weights take at most so many megabytes; 0 for never, None for any size.
     """
 
     def __init__(
-        self, every_steps: int | None = None, every_minutes: float | None = 10.0, keep: int | None = None
+        self,
+        every_steps: int | None = None,
+        every_minutes: float | None = 10.0,
+        keep: int | None = None,
+        model_mb: float | None = 200.0,
     ) -> None:
         for name, count in (("every_steps", every_steps), ("keep", keep)):
             if count is not None and (not isinstance(count, int) or count < 1):
@@ -82,7 +88,12 @@ class Checkpoints:
                 allowed="above 0, or null",
                 key="checkpoint.every_minutes",
             )
+        if model_mb is not None and not 0 <= model_mb < math.inf:
+            raise InputError(
+                got=f"model_mb={model_mb!r}", allowed="at least 0, or null", key="checkpoint.model_mb"
+            )
         self.every_steps, self.every_minutes, self.keep = every_steps, every_minutes, keep
+        self.model_mb = model_mb
         self._steps, self._since = 0, time.monotonic()
 
     def due(self) -> bool:

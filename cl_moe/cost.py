@@ -1,57 +1,105 @@
-"""What a run cost so far: training seconds, examples or tokens, parameters, bytes kept by strategies."""
+"""What a run cost so far: operations, seconds, examples, parameters, bytes."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from cl_moe.learner import Learner
+from cl_moe.memory import PeakMemory, optimizer_bytes, storage_bytes
 from cl_moe.stream import IGNORE, Experience
 
 
 class CostMeter:
-    """Adds up over experiences and over restarts; evaluation is not charged as training."""
+    """Adds up over experiences and over restarts; evaluation is not charged as training.
 
-    def __init__(self) -> None:
+    Args:
+        learner: whose charges, model and strategies it reads.
+    """
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
         self.tokens = 0
-        self._before = 0.0  # seconds of the fits that ended
-        self._start: float | None = None
+        self.peak = PeakMemory()
+        self._optimizer_bytes = 0  # in the last fit
+        self._trained: dict[str, Any] | None = None  # the state before an experience's row is measured
 
-    @property
-    def seconds(self) -> float:
-        """Training time so far, the fit that is running included."""
-        running = 0.0 if self._start is None else time.perf_counter() - self._start
-        return self._before + running
+    def start(self, experiences: Iterable[Experience]) -> None:
+        """The run begins here: what its process held before is not charged to it.
+
+        Args:
+            experiences: with the data that the run holds already.
+        """
+        data = [t for e in experiences for part in (e.train, e.test) for t in part.tensors]
+        self.peak.start(storage_bytes([*data, *self.learner.model.state_dict().values()]))
 
     @contextmanager
     def training(self, experience: Experience, epochs: int) -> Iterator[None]:
         """Time one fit. Tokens are real target positions; in classification an example counts as one."""
-        self._start = time.perf_counter()
-        yield
-        self._before, self._start = self.seconds, None
+        with self.learner.charges.account("train"):
+            yield
+        self._optimizer_bytes = optimizer_bytes(self.learner.trainer.optimizers)
         self.tokens += epochs * int((experience.train.tensors[1] != IGNORE).sum())
+        self._trained = self._state()
 
-    def points(self, learner: Learner) -> dict[str, float]:
+    def points(self) -> dict[str, float]:
         """The ``cost/*`` metrics of now."""
-        parameters = list(learner.model.parameters())
+        learner, charges = self.learner, self.learner.charges
+        seconds, parameters = charges.seconds("train"), list(learner.model.parameters())
         points: dict[str, float] = {
-            "cost/seconds": self.seconds,
+            "cost/seconds": seconds,
+            "cost/eval_seconds": charges.seconds("eval"),
+            "cost/train_flops": charges.flops["train"],
+            "cost/eval_flops": charges.flops["eval"],
+            "cost/examples_seen": charges.examples,
             "cost/params_total": sum(p.numel() for p in parameters),
+            "cost/params_active": learner.model.active_parameters(),
             "cost/params_trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            "cost/param_bytes": _bytes(parameters),
+            "cost/optimizer_bytes": self._optimizer_bytes,
             "cost/buffer_bytes": sum(s.buffer_bytes for s in learner.strategies.values()),
+            "cost/peak_memory_bytes": self.peak.bytes(),
         }
+        if charges.flops["diagnostics"] or charges.seconds("diagnostics"):
+            points["cost/diagnostics_flops"] = charges.flops["diagnostics"]
+            points["cost/diagnostics_seconds"] = charges.seconds("diagnostics")
         for strategy in learner.strategies.values():
             points |= strategy.costs(learner.model)
-        if self.seconds > 0:
-            points["cost/tokens_per_second"] = self.tokens / self.seconds
+        per_token = charges.flops_per_token("eval")
+        if per_token is not None:
+            points["cost/inference_flops_per_token"] = per_token
+        if seconds > 0:
+            points["cost/tokens_per_second"] = self.tokens / seconds
         return points
 
-    def state_dict(self) -> dict[str, Any]:
-        """Sums so far."""
-        return {"seconds": self.seconds, "tokens": self.tokens}
+    def state_dict(self, trained: bool = False) -> dict[str, Any]:
+        """Sums so far; what the clock and the system say, which differs between equal runs, in ``clock``.
+
+        Args:
+            trained: those of when training on the newest experience ended: its row, which is being measured,
+                will be measured anew by who goes on from here.
+        """
+        state = self._trained if trained and self._trained is not None else self._state()
+        return copy.deepcopy(state) | {
+            "clock": {"seconds": self.learner.charges.clock(), "peak": self.peak.bytes()}
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from sums of an earlier process."""
-        self._before, self.tokens = state["seconds"], state["tokens"]
+        clock = state["clock"]
+        self.learner.charges.load_state_dict(state["charges"], clock["seconds"])
+        self.tokens, self._optimizer_bytes = state["tokens"], state["optimizer_bytes"]
+        self.peak.earlier = clock["peak"]
+        self._trained = self._state()
+
+    def _state(self) -> dict[str, Any]:
+        charges = self.learner.charges.state_dict()
+        return {"tokens": self.tokens, "optimizer_bytes": self._optimizer_bytes, "charges": charges}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -11,10 +10,9 @@ from cl_moe.arguments import branch_point
 from cl_moe.checkpoint import Branch
 from cl_moe.errors import InputError
 from cl_moe.folder import read_config
-from cl_moe.growth.adapt import replay
+from cl_moe.loading import rebuilt
 from cl_moe.models import ContinualModel
 from cl_moe.models.inherit import inherit
-from cl_moe.seeds import seeded
 from cl_moe.strategies import DistillFrom, Strategy
 from cl_moe.stream import Stream
 from cl_moe.targets import check_targets
@@ -74,18 +72,14 @@ def load_model(point: Branch, stream: Stream) -> ContinualModel:
         return None if learnt == stream.name else f"is of the stream {learnt}, not {stream.name}"
 
     state = checkpoint.at(point, refuse, "distill")["learner"]
-    with seeded(0, "teacher"):  # what is drawn is overwritten
-        model = instantiate(config.model)(input_shape=stream.input_shape, num_classes=stream.num_classes)
-    replay(model, state["ledger"])
     try:
-        model.load_state_dict(state["model"])
+        return rebuilt(config, state["ledger"], state["model"], stream.input_shape, stream.num_classes)
     except RuntimeError as error:
         raise InputError(
             got=f"a teacher whose weights do not fit its model on this stream: {point.folder}",
             allowed="inputs and classes as the teacher had them",
             key="stream (or distill)",
         ) from error
-    return model
 
 
 def tags(teacher: Branch, config: DictConfig) -> dict[str, str]:

@@ -1,19 +1,26 @@
-"""One row of the accuracy matrix: scores and expert loads on the test data of experiences."""
+"""One row of the accuracy matrix: scores, expert loads and choices on the test data of experiences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import lightning as L  # noqa: N812
+import torch
 from torch import Tensor
 
-from cl_moe.batches import evaluation_loader
+from cl_moe.batches import evaluation_loader, probe_rows
+from cl_moe.growth.adapt import births
 from cl_moe.layers.routing import ExpertLoad
 from cl_moe.learner import Learner
-from cl_moe.metrics import ExperienceScores, ExpertLoads
+from cl_moe.measuring import Measuring, Past
+from cl_moe.metrics import Tally
+from cl_moe.metrics.functional import Choices
 from cl_moe.models.base import depth_key
 from cl_moe.stream import Experience
+from cl_moe.tracking import diagnostics, inside
+from cl_moe.tracking.record import Record
 
 
 class Evaluation(NamedTuple):
@@ -24,30 +31,136 @@ class Evaluation(NamedTuple):
         loads: ``{index of the expert layer: [load on each experience's test data]}``.
         depths: the same for blocks at depth, by block: of real tokens (``count``), those that went through
             (``kept``).
+        peaks: ``{index of the expert layer: (experiences, 2)}``: see ``PeakLoads``.
+        choices: of each experience's probe set, by index of the expert layer.
+        calibration: (experiences,) float64 expected calibration error; NaN for language, and where nothing
+            was answered.
+        rewound: (old experiences,) float64 scores with the router as it was, where that was asked for.
+        plasticity: metrics of the newest experience's probe set, where there is one.
     """
 
     row: Tensor
     loads: dict[int, list[ExpertLoad]]
     depths: dict[int, list[ExpertLoad]]
+    peaks: dict[int, Tensor]
+    choices: list[dict[int, Choices]]
+    calibration: Tensor
+    rewound: Tensor | None = None
+    plasticity: Mapping[str, float] = {}
 
 
 def evaluate(
-    trainer: L.Trainer, learner: Learner, experiences: Sequence[Experience], batch_size: int
+    trainer: L.Trainer,
+    learner: Learner,
+    experiences: Sequence[Experience],
+    batch_size: int,
+    samples: int = 0,
 ) -> Evaluation:
     """Score the learner on the test data of each experience.
 
-    Experiences that share a test set (parts of one that was cut) are scored once.
+    Experiences that share a test set (parts of one that was cut) are scored once. The choices of a probe set
+    are taken from this very pass: ``samples`` examples of each test set, the same ones in every run.
     """
     distinct = {id(experience.test): experience.test for experience in experiences}
     place = {key: index for index, key in enumerate(distinct)}
-    learner.scores = ExperienceScores(len(distinct)).to(learner.device)
-    learner.loads = ExpertLoads(len(distinct)).to(learner.device)
+    tally = Tally(
+        len(distinct), learner.device, [probe_rows(len(data), samples) for data in distinct.values()]
+    )
+    learner.tally, learner.then = tally, []
     loaders = [evaluation_loader(data, batch_size) for data in distinct.values()]
-    trainer.test(learner, dataloaders=loaders, verbose=False)
+    with learner.charges.account("eval"):
+        trainer.test(learner, dataloaders=loaders, verbose=False)
     chosen = [place[id(experience.test)] for experience in experiences]
-    loads = {index: [per_set[at] for at in chosen] for index, per_set in learner.loads.compute().items()}
+    loads = {index: [per_set[at] for at in chosen] for index, per_set in tally.loads.compute().items()}
+    peaks, choices = tally.peaks.compute(), tally.choices.compute()
     return Evaluation(
-        learner.scores.compute().cpu()[chosen],
+        tally.scores.compute().cpu()[chosen],
         {index: row for index, row in loads.items() if index >= 0},
         {depth_key(index): row for index, row in loads.items() if index < 0},
+        {index: sums.cpu()[chosen] for index, sums in peaks.items()},
+        [choices[at] for at in chosen],
+        tally.calibration_errors()[chosen],
     )
+
+
+def rewind(
+    trainer: L.Trainer,
+    learner: Learner,
+    experiences: Sequence[Experience],
+    batch_size: int,
+    past: Past,
+    row: Tensor,
+) -> Tensor:
+    """(old experiences,) R_w: scores with the router of the end of each old experience (FORMULAS 2).
+
+    A pass over the test data of those experiences since which anything of the router, the cohorts or the
+    head's classes changed; of the others the score is what it is without. NaN where the router was not kept,
+    as in a branch of a run that never decomposed.
+
+    Args:
+        trainer: of the stream.
+        learner: as it is now.
+        experiences: those trained before the newest.
+        batch_size: as in the evaluation that gave ``row``.
+        past: the routers.
+        row: (experiences of the stream,) the scores of now.
+    """
+    rewound, changed = row[: len(experiences)].clone(), []
+    for experience in experiences:
+        then = past.routers.get(experience.index)
+        if then is None:
+            rewound[experience.index] = torch.nan
+        elif not then.is_of(learner.model):
+            changed.append((experience, then))
+    if changed:
+        learner.tally = Tally(len(changed), learner.device)
+        learner.then = [then for _, then in changed]
+        loaders = [evaluation_loader(experience.test, batch_size) for experience, _ in changed]
+        with learner.charges.account("diagnostics"):
+            trainer.test(learner, dataloaders=loaders, verbose=False)
+        learner.then = []
+        rewound[[experience.index for experience, _ in changed]] = learner.tally.scores.compute().cpu()
+    return rewound
+
+
+def enter(
+    record: Record, found: Evaluation, past: Past, measuring: Measuring, learner: Learner, step: int
+) -> None:
+    """Add a row to the record, with what is told from it and from the past; then let it be past.
+
+    Args:
+        record: of the run; its ledger becomes the learner's.
+        found: by the evaluation after so many experiences as the record has rows.
+        past: what the row is held against; it takes up the experience that was just trained.
+        measuring: what it is to take up.
+        learner: as it was evaluated.
+        step: optimizer steps so far.
+    """
+    boundary = len(record.rows)
+    record.rows.append(found.row)
+    record.loads.append(found.loads)
+    record.depths.append(found.depths)
+    record.ledger = learner.ledger
+    record.steps.append(step)
+    record.cohorts.append(
+        {
+            block: list(
+                zip(layer.cohort_sizes, births(record.ledger, block), layer.frozen_cohorts, strict=True)
+            )
+            for block, layer in learner.model.expert_layers.items()
+        }
+    )
+    if found.rewound is not None:
+        record.rewound[boundary] = found.rewound
+    if boundary > 0:
+        past.remember(boundary - 1, learner.model, found.choices[boundary - 1], measuring)
+    record.shares.append(diagnostics.shares(record, boundary))
+    T = len(record.names)
+    points = diagnostics.load_metrics(record, boundary) | diagnostics.latencies(found.peaks, boundary)
+    points |= diagnostics.changes(found.choices, past.choices, T) | dict(found.plasticity)
+    points |= inside.calibration_points(record, boundary, found.calibration)
+    points |= inside.online_points(record, boundary, learner.online.mean)
+    learner.online.reset()  # an experience without training data scores nothing
+    if boundary > 0 and measuring.every is not None:
+        inside.open_anytime(record, boundary - 1)
+    record.points.append({key: value for key, value in points.items() if math.isfinite(value)})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from cl_moe.evaluation import evaluate
+from cl_moe.evaluation import evaluate, rewind
 from cl_moe.growth.adapt import adapt
+from cl_moe.plasticity import observe
 from cl_moe.run import Run
 from cl_moe.stream import Experience
 
@@ -31,9 +32,9 @@ def run_experiment(run: Run) -> float:
 
 def grow_and_freeze(run: Run, experience: Experience) -> None:
     """Adapt the model to what comes, as schedule and policy decide, and measure the shock of growing."""
-    events = adapt(
-        run.learner.model, run.census(experience), run.growth, run.freeze, experience.classes, run.seed_init
-    )
+    census = run.census(experience)
+    with run.learner.charges.counting():
+        events = adapt(run.learner.model, census, run.growth, run.freeze, experience.classes, run.seed_init)
     run.learner.ledger.extend(events)
     seen = run.stream[: experience.index]
     if seen and any(event["act"] == "grow" for event in events):
@@ -47,5 +48,11 @@ def fit(run: Run, experience: Experience) -> None:
 
 
 def measure(run: Run) -> None:
-    """Measure a row of the accuracy matrix on every experience's test data."""
-    run.close_boundary(evaluate(run.trainer, run.learner, run.stream[:], run.spec.eval_batch_size))
+    """Measure a row of the accuracy matrix on every experience's test data, and why old ones fell."""
+    size, samples = run.spec.eval_batch_size, run.measuring.samples
+    found = evaluate(run.trainer, run.learner, run.stream[:], size, samples)
+    if run.measuring.decomposes(run.boundary + 1, len(run.stream)):
+        old = run.stream[: run.boundary]
+        found = found._replace(rewound=rewind(run.trainer, run.learner, old, size, run.past, found.row))
+    seen = run.stream[: run.boundary + 1]
+    run.close_boundary(found._replace(plasticity=observe(run.trainer, run.learner, seen, samples, size)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-import cl_moe
-from cl_moe import branching, distilling, failures, stopping, stored
+from cl_moe import branching, distilling, failures, reproducing, stopping, stored
 from cl_moe.checkpoint import Branch
 from cl_moe.errors import StopRequestedError
 from cl_moe.experiment import run_experiment
@@ -23,10 +21,12 @@ from cl_moe.run import Run
 from cl_moe.schema import GROUPS, check_config, leaves, plain
 from cl_moe.seeds import seeded
 from cl_moe.targets import check_targets
+from cl_moe.tracking.names import DEFINITIONS
+from cl_moe.tracking.provenance import checkout, data_checksum
 
 # What never makes another arm: where and when it ran, which seeds, and the groups that are named anyway.
 NOT_ARM = tuple(f"{group}=" for group in ("stream", "layer", "router", "growth", "freeze", "strategy"))
-NOT_ARM += ("seed.", "tracking", "output_dir=", "resume=", "objective=", "checkpoint.", "hydra")
+NOT_ARM += ("seed.", "tracking", "output_dir=", "resume=", "objective=", "checkpoint.", "eval.", "hydra")
 NOT_ARM += (
     "arm=",
     "experiment=",
@@ -35,6 +35,7 @@ NOT_ARM += (
     "auto_resume=",
     "branch=",
     "distill=",
+    "reproduce=",
 )
 
 
@@ -44,9 +45,11 @@ def run(config: DictConfig) -> float:
     try:
         if (value := stored.finished(config)) is not None:
             return value
-        run = build(config)
-        value = run_experiment(run)
-        stored.note_finished(config, run.folder, value)
+        original = reproducing.original_of(config)
+        run = build(config, original)
+        with reproducing.held_against(original, config, run):
+            value = run_experiment(run)
+            stored.note_finished(config, run.folder, value)
         return value
     except Exception as error:  # while the run is built: a run that is open names its failures itself
         if failure := failures.named(error, dict(leaves(plain(config, resolve=False)))):
@@ -54,8 +57,12 @@ def run(config: DictConfig) -> float:
         raise
 
 
-def build(config: DictConfig) -> Run:
+def build(config: DictConfig, original: reproducing.Original | None = None) -> Run:
     """The run that a configuration describes; nothing is trained yet.
+
+    Args:
+        config: composed.
+        original: the run that it makes again.
 
     Raises:
         InputError: a key, a value, or a combination of them cannot be.
@@ -95,14 +102,18 @@ def build(config: DictConfig) -> Run:
         seed_data=config.seed.data,
         objective=config.objective,
         checkpoints=instantiate(config.checkpoint),
+        measuring=instantiate(config.eval),
         branch=branch,
         go_on=_sweep(),
         name=f"{arm} {labels['seed.init']}.{labels['seed.order']}.{labels['seed.data']}",
         params={**flatten(config), "arm": arm},
         tags=labels
         | (branching.tags(branch, config) if branch else {})
-        | (distilling.tags(teacher, config) if teacher else {}),
+        | (distilling.tags(teacher, config) if teacher else {})
+        | reproducing.tags(original),
     )
+    run.tags = {**run.tags, "data_checksum": data_checksum(run.fingerprint["stream"])}
+    run.measuring.matrix = branching.cumulative_matrix(config, run.fingerprint["stream"])
     stored.store_config(config, folder)  # last: what was refused leaves nothing behind
     return run
 
@@ -121,6 +132,7 @@ def tags(config: DictConfig, scenario: str, folder: Path) -> dict[str, str]:
         "seed.init": str(config.seed.init),
         "seed.order": _order(config),
         "seed.data": str(config.seed.data),
+        "definitions": DEFINITIONS,
         "git_commit": commit,
         "git_dirty": dirty,
         "sweep": str(HydraConfig.get().sweep.dir) if _sweep() else "none",
@@ -158,24 +170,6 @@ def arm_name(labels: Mapping[str, str], overrides: list[str]) -> str:
 def flatten(config: DictConfig) -> dict[str, object]:
     """Resolved leaves under dotted keys; a node that stands in several places is listed where it belongs."""
     return dict(leaves(_own(plain(config, resolve=False), plain(config))))
-
-
-def checkout() -> tuple[str, str]:
-    """Commit of the program's checkout and whether it was changed since; ``unknown`` outside one."""
-    home = Path(cl_moe.__file__).resolve().parents[1]
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(home), *words], capture_output=True, text=True, check=True, timeout=10
-        )
-        return done.stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != home:
-            return "unknown", "unknown"
-        return git("rev-parse", "HEAD"), str(bool(git("status", "--porcelain"))).lower()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown", "unknown"
 
 
 def _sweep() -> Path | None:

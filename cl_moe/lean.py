@@ -9,7 +9,19 @@ import torch
 
 
 class LeanModule(L.LightningModule):
-    """Abstract: a learner's part that speaks of Lightning only."""
+    """Abstract: a learner's part that speaks of Lightning only.
+
+    Attributes:
+        batches: of this experience that were trained.
+        tick: called after every batch.
+        between_steps: called between two optimizer steps.
+        between_tests: called after every batch of an evaluation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches = 0
+        self.tick, self.between_steps, self.between_tests = _nothing, _nothing, _nothing
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes the name of the running hook some 46 times in a step, and a module's own way of
@@ -37,3 +49,24 @@ class LeanModule(L.LightningModule):
         elif gradient_clip_val:
             held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(held, gradient_clip_val)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the batch; between two optimizer steps, let the run be saved."""
+        self.batches += 1
+        self.tick()
+        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if stepped and not self.trainer.is_last_batch:
+            self.between_steps()
+
+    def on_train_epoch_end(self) -> None:
+        """The same after an epoch's last batch: only here do Lightning's counters restart well from there.
+
+        After a fit's last epoch they do not, and need not: what follows is the end of the fit.
+        """
+        assert self.trainer.max_epochs is not None
+        if self.trainer.current_epoch + 1 < self.trainer.max_epochs:
+            self.between_steps()
+
+
+def _nothing() -> None:
+    """What nobody asked for."""

@@ -1,6 +1,6 @@
 """The LightningModule: loss, strategies' hooks, optimizers that survive growth, scores.
 
-Legend: B batch, S positions, C columns of logits (classes known so far), V vocabulary.
+Legend: B batch, S positions, C columns of logits (classes known so far).
 """
 
 from __future__ import annotations
@@ -10,19 +10,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from cl_moe.batches import padding_mask
+from cl_moe.counting import Charges
 from cl_moe.errors import InputError, RunFailedError
 from cl_moe.growth.adapt import Event, replay
-from cl_moe.layers import ExpertLayer, StepLoads, fold_load
+from cl_moe.layers import ExpertLayer, Routing, StepLoads
 from cl_moe.lean import LeanModule
-from cl_moe.metrics import ExperienceScores, ExpertLoads
+from cl_moe.metrics import Tally
+from cl_moe.metrics.answers import OnlineScore
 from cl_moe.models.base import ContinualModel
+from cl_moe.models.rewind import RouterState
 from cl_moe.optim import OptimizerSpec, OptimizerState, load_state_by_name, state_by_name
+from cl_moe.scoring import Scoring
 from cl_moe.seeds import derive_seed, generator, generator_states, set_generator_states
 from cl_moe.strategies.base import Outlook, Step, Strategy
-from cl_moe.stream import IGNORE, Experience, Stream
+from cl_moe.stream import Experience, Stream
 
 _REMEDY = "change: optimizer.lr (smaller), trainer.gradient_clip, or trainer.precision=32-true"
 Note = Callable[[Mapping[str, float], int], None]
@@ -60,17 +64,17 @@ class Learner(LeanModule):
         self.kind, self.seed, self.log_every = stream.kind, seed, log_every
         self.ledger: list[Event] = []
         self.note: Note = lambda points, step: None
+        self.charges = Charges()
         self.optimizer_state: OptimizerState = {}
         self.experience: Experience | None = None
-        self.group_of_class = _groups(stream) if stream.scenario == "task" else None
-        self.column_of_class = torch.full((stream.num_classes,), -1)
-        self.scores: ExperienceScores | None = None
-        self.loads: ExpertLoads | None = None
+        self.scoring = scoring = Scoring(stream)
+        self.task_loss, self.own_task, self.score = scoring.task_loss, scoring.own_task, scoring.score
+        self.online = OnlineScore()  # of this experience's first pass
+        self.tally: Tally | None = None  # of the evaluation that is under way
+        self.then: list[RouterState] = []  # of each of its test sets, if it is to be met as it was
         self._step_loads, self._balancing = StepLoads(), dict[int, ExpertLayer]()
-        self.batches = 0  # of this experience that were trained
         self._restart: dict[str, Any] | None = None  # what a restart inside an experience goes on with
-        self._in_order = False  # whether a class is its own column, which spares a look-up in every step
-        self.tick, self.between_steps, self.between_tests = _nothing, _nothing, _nothing
+        self._first_pass = 0  # batches of it
         # Only hooks that do something are called in every step.
         acting = list(self.strategies.values())
         self._batch_hooks = [s for s in acting if type(s).batch is not Strategy.batch]
@@ -82,7 +86,7 @@ class Learner(LeanModule):
     def outlook(self) -> Outlook:
         """What strategies may know of the experience that is set."""
         assert self.experience is not None
-        return Outlook(self.model, self.experience, self.kind, self.seed, self.group_of_class)
+        return Outlook(self.model, self.experience, self.kind, self.seed, self.scoring.group_of_class)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A fresh optimizer: newborns in, frozen ones out, survivors' state carried where asked for."""
@@ -99,10 +103,14 @@ class Learner(LeanModule):
         assert self.experience is not None
         torch.manual_seed(derive_seed(self.seed, self.experience.index, "train"))
         self.place_classes()
-        self.batches = 0
+        self.batches, self._first_pass = 0, int(self.trainer.num_training_batches)
         self._balancing = {i: layer for i, layer in self.model.expert_layers.items() if layer.wants_load}
+        if self._restart is None:
+            self.charges.forget(self.cost_varies())
+            self.online.reset()
         for strategy in self.strategies.values():
-            strategy.begin(self.outlook())
+            with self.charges.counting(strategy.computes and self._restart is None):
+                strategy.begin(self.outlook())
         if self._restart is not None:
             self._load_strategies(self._restart["strategies"])
             self.batches = self._restart["batches"]
@@ -112,12 +120,24 @@ class Learner(LeanModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Task loss, the routers' auxiliary losses and the strategies' terms, added up."""
         inputs, targets = batch
-        for strategy in self._batch_hooks:
-            inputs, targets = strategy.batch(inputs, targets)
+        num_new = len(targets)
+        if self._batch_hooks:
+            with self.charges.step("batch", inputs, varies=True):
+                for strategy in self._batch_hooks:
+                    inputs, targets = strategy.batch(inputs, targets)
         mask = padding_mask(targets) if self.kind == "language" else None
+        self.charges.examples += len(targets)
+        varies = mask is not None or bool(self._loss_hooks)
+        with self.charges.step("step", inputs, varies=varies, tokens=targets.numel()):
+            return self._loss(inputs, targets, mask, num_new)
+
+    def _loss(self, inputs: Tensor, targets: Tensor, mask: Tensor | None, num_new: int) -> Tensor:
         inputs, targets = self.model.pose(inputs, targets, self._draw)
         logits, routings = self.model(inputs, mask=mask)
         terms = {"task_loss": self.task_loss(logits, targets)}
+        if self.batches < self._first_pass:
+            with torch.no_grad():
+                self.online.add(*self.scoring.of_new(logits, targets, num_new, terms["task_loss"]))
         for routing in routings.values():
             _add_terms(terms, routing.losses)
         self._step_loads.add(self._balancing, routings)
@@ -129,27 +149,17 @@ class Learner(LeanModule):
         self._watch(loss, terms)
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count the batch; between two optimizer steps, let the run be saved."""
-        self.batches += 1
-        self.tick()
-        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        if stepped and not self.trainer.is_last_batch:
-            self.between_steps()
-
-    def on_train_epoch_end(self) -> None:
-        """The same after an epoch's last batch: only here do Lightning's counters restart well from there.
-
-        After a fit's last epoch they do not, and need not: what follows is the end of the fit.
-        """
-        assert self.trainer.max_epochs is not None
-        if self.trainer.current_epoch + 1 < self.trainer.max_epochs:
-            self.between_steps()
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Charged with the step that it belongs to."""
+        with self.charges.backward():
+            super().backward(loss, *args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let strategies work on the gradients."""
-        for strategy in self._gradient_hooks:
-            strategy.gradients(self.model)
+        if self._gradient_hooks:
+            with self.charges.step("gradients", varies=True):
+                for strategy in self._gradient_hooks:
+                    strategy.gradients(self.model)
         self._step_loads.apply(self._balancing)
 
     def on_train_end(self) -> None:
@@ -158,32 +168,13 @@ class Learner(LeanModule):
         if broken:
             raise RunFailedError(f"weights not finite after step {self.global_step}: {broken[0]}\n{_REMEDY}")
         for strategy in self.strategies.values():
-            strategy.end(self.outlook())
+            with self.charges.counting(strategy.computes):
+                strategy.end(self.outlook())
         self.optimizer_state = self._live_optimizer_state() if self.optimizer_spec.state == "carry" else {}
 
-    def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy, nats per example or per token; padding left out."""
-        if self.kind == "language":
-            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
-        columns = targets if self._in_order else self.column_of_class[targets]
-        return F.cross_entropy(self.own_task(logits, targets).float(), columns)
-
-    def own_task(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Logits with other tasks' columns at -inf where the scenario gives the task away; else unchanged."""
-        if self.group_of_class is None:
-            return logits
-        task_C = self.group_of_class[self.model.head.classes]
-        return logits.masked_fill(task_C != self.group_of_class[targets].unsqueeze(1), -math.inf)
-
     def place_classes(self) -> None:
-        """Note which column of the logits each class has, and put it where the model computes."""
-        classes = self.model.head.classes
-        self.column_of_class = torch.full_like(self.column_of_class, -1, device=self.device)
-        self._in_order = classes == list(range(len(classes)))
-        if self.kind == "classification" and classes:
-            self.column_of_class[classes] = torch.arange(len(classes), device=self.device)
-        if self.group_of_class is not None:
-            self.group_of_class = self.group_of_class.to(self.device)
+        """Note which column of the logits each class has now."""
+        self.scoring.place(self.model.head.classes, self.device)
 
     def _draw(self) -> torch.Generator:
         """For what the model draws for a batch: the same after a restart."""
@@ -206,39 +197,43 @@ class Learner(LeanModule):
     # ---- evaluation
 
     def on_test_start(self) -> None:
-        """Columns of the classes known by now."""
+        """Columns of the classes known by now; what a pass takes is counted anew."""
         self.place_classes()
+        self.charges.forget(self.cost_varies())
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Fold one batch of one experience's test data into scores and loads."""
+        logits, targets, routings = self.answer(batch, batch_idx, dataloader_idx)
+        sure = None if self.then else self.scoring.calibration(logits, targets)
+        assert self.tally is not None
+        self.tally.update(dataloader_idx, self.score(logits, targets), len(targets), routings, sure)
+        self.between_tests()
+
+    def answer(
+        self, batch: tuple[Tensor, Tensor], batch_idx: int, test_set: int
+    ) -> tuple[Tensor, Tensor, dict[int, Routing]]:
+        """Logits, targets and routings of a batch of test data, charged as a pass of evaluation.
+
+        Raises:
+            RunFailedError: a logit is not finite.
+        """
         inputs, targets = batch
         mask = padding_mask(targets) if self.kind == "language" else None
         inputs, targets = self.model.pose(inputs, targets, lambda: generator(0, "evaluation", batch_idx))
-        logits, routings = self.model(inputs, mask=mask)
+        varies = mask is not None or bool(self.then)
+        with self.charges.step("test", inputs, varies=varies, tokens=targets.numel()):
+            logits, routings = self._forward(inputs, mask, test_set)
         if not logits.isfinite().all():  # an argmax over them would be a score like any other
-            place = f"after step {self.global_step}, on test set {dataloader_idx}"
+            place = f"after step {self.global_step}, on test set {test_set}"
             raise RunFailedError(f"output not finite in an evaluation {place}\n{_REMEDY}")
-        total, count = self.score(logits, targets)
-        assert self.scores is not None
-        assert self.loads is not None
-        self.scores.update(dataloader_idx, total, count)
-        self.loads.update(dataloader_idx, {block: fold_load(r) for block, r in routings.items()})
-        self.between_tests()
+        return logits, targets, routings
 
-    def score(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum and number of scores: right answers, or minus the loss of each real token in nats.
-
-        A class without a column yet (its rows are not born) is never answered right.
-        """
-        if self.kind == "language":
-            flat = targets.flatten()
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=IGNORE, reduction="none")
-            return -loss.double().sum(), (flat != IGNORE).sum()
-        count = torch.tensor(len(targets))
-        if logits.shape[1] == 0:
-            return torch.zeros((), dtype=torch.float64), count
-        answer = self.own_task(logits, targets).argmax(dim=1)
-        return (answer == self.column_of_class[targets]).double().sum(), count
+    def _forward(
+        self, inputs: Tensor, mask: Tensor | None, test_set: int
+    ) -> tuple[Tensor, dict[int, Routing]]:
+        if self.then:
+            return self.then[test_set].logits(self.model, inputs, mask), {}
+        return self.model(inputs, mask=mask)
 
     # ---- state
 
@@ -255,6 +250,7 @@ class Learner(LeanModule):
             "optimizer": self._live_optimizer_state() if inside else self.optimizer_state,
             "optimizer_class": type(self.optimizer_spec).__name__,
             "strategies": {name: strategy.state_dict() for name, strategy in self.strategies.items()},
+            "online": self.online.state_dict(),
             "restart": restart,
         }
 
@@ -266,6 +262,7 @@ class Learner(LeanModule):
         same = state["optimizer_class"] == type(self.optimizer_spec).__name__  # a branch may choose another
         self.optimizer_state = dict(state["optimizer"]) if same else {}
         self._load_strategies(state["strategies"])
+        self.online.load_state_dict(state["online"])
         self._restart = state["restart"] and {**state["restart"], "strategies": state["strategies"]}
 
     def _load_strategies(self, states: Mapping[str, Any]) -> None:
@@ -273,28 +270,15 @@ class Learner(LeanModule):
             if name in states:
                 strategy.load_state_dict(states[name])
 
+    def cost_varies(self) -> bool:
+        """Whether a pass of the model takes more or less for tensors of the same shapes."""
+        return any(getattr(part, "cost_varies", False) for part in self.model.modules())
+
     def _live_optimizer_state(self) -> OptimizerState:
         return state_by_name(self.trainer.optimizers[0], self.named_parameters())
-
-
-def _nothing() -> None:
-    """What nobody asked for."""
-
-
-def padding_mask(targets: Tensor) -> Tensor | None:
-    """(B, S) bool, False on padding; None where there is none, which spares the layers the work."""
-    mask = targets != IGNORE
-    return None if bool(mask.all()) else mask
 
 
 def _add_terms(terms: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
     """Terms of one name add up: several layers balance their load, a strategy may stand twice."""
     for name, value in more.items():
         terms[name] = terms[name] + value if name in terms else value
-
-
-def _groups(stream: Stream) -> Tensor:
-    group = torch.full((stream.num_classes,), -1)
-    for index, classes in enumerate(stream.class_groups):
-        group[list(classes)] = index
-    return group

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
 import re
 import resource
@@ -28,6 +31,59 @@ class Holding(NamedTuple):
     keys: tuple[str, ...]
 
 
+class PeakMemory:
+    """Bytes that a run held at most, without what its process held before it: interpreter, libraries.
+
+    On a GPU: of the GPU's memory (torch's allocator). On Linux: of resident memory, whose highest value is
+    set back as a run starts, so that runs in one process, one after the other, do not inherit it; libraries
+    that are loaded while the run goes on are part of it. Elsewhere, and where the system forbids that, the
+    highest that the process ever held, libraries and earlier runs included.
+    """
+
+    def __init__(self) -> None:
+        self.earlier = 0  # of the same run in processes that ended
+        self._base: int | None = None
+        self._cuda_base: int | None = None
+
+    def start(self, held: int = 0) -> None:
+        """A run starts that holds ``held`` bytes already (its data and its model)."""
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+            self._cuda_base = torch.cuda.memory_allocated()
+        gc.collect()
+        _return_freed()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets the peak resident set size back
+            self._base = max(_resident("VmRSS") - held, 0)
+        except OSError:
+            self._base = None
+
+    def bytes(self) -> int:
+        """The most so far, earlier processes of a resumed run included."""
+        return max(self.earlier, self._now())
+
+    def _now(self) -> int:
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized() and torch.cuda.max_memory_allocated():
+            return int(torch.cuda.max_memory_allocated()) - (self._cuda_base or 0)
+        if self._base is None:
+            return _process_peak()
+        return max(_resident("VmHWM") - self._base, 0)
+
+
+def optimizer_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
+    """Bytes of what optimizers remember: momentum, second moments."""
+    state = [value for optimizer in optimizers for of in optimizer.state.values() for value in of.values()]
+    return _size(value for value in state if hasattr(value, "element_size"))
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes that tensors hold together; what several of them share counts once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def holdings(
     model: ContinualModel,
     strategies: Mapping[str, Strategy],
@@ -37,13 +93,10 @@ def holdings(
     weights = _size(model.parameters())
     experts = _size(p for layer in model.expert_layers.values() for p in layer.parameters())
     share = f" ({100 * experts / weights:.0f}% in expert layers)" if experts else ""
-    state = [value for optimizer in optimizers for of in optimizer.state.values() for value in of.values()]
     gradients = _size(p.grad for p in model.parameters() if p.grad is not None)
     yield Holding(f"weights{share}", weights, _MODEL)
     yield Holding("gradients", gradients, _MODEL)
-    yield Holding(
-        "optimizer state", _size(value for value in state if hasattr(value, "element_size")), _MODEL
-    )
+    yield Holding("optimizer state", optimizer_bytes(optimizers), _MODEL)
     for name, strategy in strategies.items():
         yield Holding(f"strategy {name}", strategy.buffer_bytes, (f"strategy.{name}.",))
 
@@ -55,8 +108,7 @@ def machine(refusal: str = "") -> str:
         peak = readable(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else "an unknown part"
         return f"the GPU had {match[2]} of {match[1]} free; this process held at most {peak} of it"
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = readable(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    peak = readable(_process_peak())
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     bound = "" if limit == resource.RLIM_INFINITY else f", with a limit of {readable(limit)} (ulimit -v)"
     return f"the machine has {_free()} of {readable(total)} free; this process held at most {peak}{bound}"
@@ -78,6 +130,25 @@ def readable(size: int) -> str:
 
 def _size(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _process_peak() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _resident(name: str) -> int:
+    """Bytes of this process in memory now (``VmRSS``) or at most (``VmHWM``); Linux."""
+    match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if match is None:
+        raise OSError(f"no {name} in /proc/self/status")
+    return int(match[1]) * 1024
+
+
+def _return_freed() -> None:
+    """Give the system back what was freed: a run that takes it again would seem to need nothing (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _free() -> str:

@@ -14,10 +14,16 @@ from cl_moe.errors import InputError
 from cl_moe.growth import Census, FreezePolicy, GrowthSchedule
 from cl_moe.layers.routing import ExpertLoad
 from cl_moe.learner import Learner
+from cl_moe.measuring import Measuring
+from cl_moe.metrics.functional import Choices
+from cl_moe.plasticity import expected_points
 from cl_moe.strategies import Strategy
 from cl_moe.stream import Stream
-from cl_moe.tracking import names
+from cl_moe.tracking import diagnostics, inside, names
 from cl_moe.tracking.record import Record
+
+_LATER = ("cost/tokens_per_second", "cost/inference_flops_per_token")
+"""Costs that are defined once something was trained and measured."""
 
 
 def training_view(stream: Stream, strategies: Mapping[str, Strategy]) -> Stream:
@@ -32,7 +38,7 @@ def training_view(stream: Stream, strategies: Mapping[str, Strategy]) -> Stream:
     return strategies[changing[0]].view(stream) if changing else stream
 
 
-def check_objective(objective: str, stream: Stream, learner: Learner) -> None:
+def check_objective(objective: str, stream: Stream, learner: Learner, measuring: Measuring) -> None:
     """Refuse an objective that the end of a run on this stream will not define."""
     num, blocks = len(stream), learner.model.expert_layers.items()
     sizes = {block: sum(layer.cohort_sizes) for block, layer in blocks}
@@ -47,7 +53,22 @@ def check_objective(objective: str, stream: Stream, learner: Learner) -> None:
         loads=[loads] * (num + 1),
         cohorts=[{block: [(size, 0, False)] for block, size in sizes.items()}] * (num + 1),
     )
-    names.objective(ended, objective, {**CostMeter().points(learner), "cost/tokens_per_second": 1.0})
+    tokens = {block: Choices(torch.zeros(1).int(), torch.ones(1).int(), 1) for block in sizes}
+    past = dict.fromkeys(range(num), tokens) if measuring.samples else {}
+    points = diagnostics.load_metrics(ended, num) | diagnostics.changes([tokens] * num, past, num)
+    points |= diagnostics.latencies(dict.fromkeys(sizes, torch.ones(num, 2)), num)
+    points |= inside.calibration_points(ended, num, torch.zeros(num))
+    points |= inside.online_points(ended, num, 0.0)
+    points |= expected_points(learner.model) if measuring.samples else {}
+    if measuring.every is not None:
+        for experience in range(num):
+            inside.open_anytime(ended, experience)
+    ended.points = [*[dict[str, float]()] * num, points]
+    if measuring.decomposes(num, num):
+        ended.rewound[num] = torch.zeros(num - 1, dtype=torch.float64)
+    if measuring.cumulative is not None:
+        ended.cumulative = ended.matrix
+    names.objective(ended, objective, CostMeter(learner).points() | dict.fromkeys(_LATER, 1.0))
 
 
 def check_learning(stream: Stream, training: Stream, growth: GrowthSchedule, freeze: FreezePolicy) -> None:

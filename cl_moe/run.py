@@ -14,17 +14,20 @@ import lightning as L  # noqa: N812
 import torch
 from torch.utils.data import DataLoader
 
-from cl_moe import checkpoint, ending, preflight, stopping
+from cl_moe import checkpoint, ending, leaving, preflight, stopping
+from cl_moe.anytime import Anytime
 from cl_moe.batches import training_loader
 from cl_moe.checkpoint import Branch, Checkpoints, Moment
 from cl_moe.cost import CostMeter
-from cl_moe.evaluation import Evaluation
+from cl_moe.evaluation import Evaluation, enter
 from cl_moe.growth import Census, FreezePolicy, GrowthSchedule
-from cl_moe.growth.adapt import add_classes, births, check_growth, take_census
+from cl_moe.growth.adapt import add_classes, check_growth, take_census
 from cl_moe.learner import Learner
+from cl_moe.measuring import Measuring, Past
 from cl_moe.progress import StreamProgress
 from cl_moe.stream import Experience, Stream
-from cl_moe.tracking import artifacts, figures, names, table
+from cl_moe.tracking import names, table
+from cl_moe.tracking.loads import copy_rows, keep_row
 from cl_moe.tracking.record import Record
 from cl_moe.tracking.tracker import Tracker
 from cl_moe.trainer import TrainerSpec
@@ -49,6 +52,7 @@ class Run:
         seed_data: orders of batches are drawn from it.
         objective: metric key whose last value the experiment returns.
         checkpoints: when to save inside an experience, and what is kept.
+        measuring: what is measured beside the accuracy matrix.
         branch: the parent's boundary that this run starts from, instead of from nothing.
         go_on: what ``resume=`` is to name after a stop, a sweep's folder say; None: the run's own.
         name: shown in MLflow.
@@ -67,6 +71,7 @@ class Run:
     seed_data: int = 0
     objective: str = "stream/average_accuracy"
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    measuring: Measuring = field(default_factory=Measuring)
     branch: Branch | None = None
     go_on: Path | None = None
     name: str = "run"
@@ -76,19 +81,22 @@ class Run:
     def __post_init__(self) -> None:
         self.growth.check(len(self.stream))
         check_growth(self.learner.model, self.growth, len(self.stream))
-        preflight.check_objective(self.objective, self.stream, self.learner)
+        preflight.check_objective(self.objective, self.stream, self.learner, self.measuring)
         self.training_stream = preflight.training_view(self.stream, self.learner.strategies)
         preflight.check_learning(self.stream, self.training_stream, self.growth, self.freeze)
         self.fingerprint = preflight.fingerprint(self.stream, self.learner)
         experiences = self.training_stream
         self.progress = StreamProgress([e.name for e in experiences], self.spec.num_steps(experiences))
         self.trainer: L.Trainer = self.spec.build()
-        self.cost = CostMeter()
+        self.cost = CostMeter(self.learner)
         self.measured = Record(self.stream.kind, [experience.name for experience in self.stream])
+        self.past = Past()
         self.saved: Moment | None = None  # newest on the disk
         self.inside = False  # the model was adapted to the experience after the last row, and may be training
         self.trained = False  # it was trained on it, and its row is not measured yet
         self.watchdog = Watchdog(self.spec.stall_minutes)
+        size = self.spec.eval_batch_size
+        self.anytime = Anytime(self.learner, self.stream, self.measuring, size, self.watchdog.alive)
         self.learner.note, self.learner.tick = self.tracker.add, self._tick
         self.learner.between_steps, self.learner.between_tests = self._between_steps, self._between_tests
 
@@ -106,7 +114,8 @@ class Run:
     def open(self) -> Iterator[None]:
         """Hold the folder, open the tracker and the progress bar; close them as the run ends."""
         with ending.one_writer(self.folder), self.progress, self.watchdog:
-            self.tracker.start(self.folder, self.name, self.params, self.tags)
+            self.tracker.start(self.folder, self.name, self.params, self.tags, self.go_on)
+            self.cost.start([*self.stream, *self.training_stream])
             with ending.told(self):
                 yield
 
@@ -125,6 +134,7 @@ class Run:
             self._say_where("resumed")
             return
         self.tracker.load_state_dict(None)
+        self.measured.cumulative = self.measuring.matrix
         if self.branch is not None:
             self._start_from(self.branch)
         else:
@@ -168,41 +178,26 @@ class Run:
 
     def close_boundary(self, evaluation: Evaluation) -> None:
         """Record a row, save a checkpoint that holds the unsent points, then send them."""
-        measured, model = self.measured, self.learner.model
-        boundary = len(measured.rows)
-        measured.rows.append(evaluation.row)
-        measured.loads.append(evaluation.loads)
-        measured.depths.append(evaluation.depths)
-        measured.ledger = self.learner.ledger
-        measured.steps.append(self.trainer.global_step)
-        measured.cohorts.append(
-            {
-                block: list(
-                    zip(layer.cohort_sizes, births(measured.ledger, block), layer.frozen_cohorts, strict=True)
-                )
-                for block, layer in model.expert_layers.items()
-            }
-        )
+        measured, boundary = self.measured, len(self.measured.rows)
+        enter(measured, evaluation, self.past, self.measuring, self.learner, self.trainer.global_step)
+        keep_row(measured, self.folder)
         self.tracker.add(names.all_points(measured, boundary), boundary)
         if (
             boundary == 0 or measured.steps[-1] > measured.steps[-2]
         ):  # joint training stands still after its start
-            self.tracker.add(self.cost.points(self.learner), self.trainer.global_step)
+            self.tracker.add(self.cost.points(), self.trainer.global_step)
         self.trained = False
         self._save(Moment(boundary))
         self.progress.say(table.boundary_line(measured, boundary))
 
     def finish(self) -> float:
         """Write artifacts and figures, print the table, return the objective."""
-        written = artifacts.write_artifacts(self.measured, self.folder)
-        written += figures.write_figures(self.measured, self.folder)
-        for path in [*written, self.folder / "config.yaml"]:
-            if path.exists():
-                self.tracker.artifact(path)
+        for path, place in leaving.left_by(self, self.progress.say):
+            self.tracker.artifact(path, place)
         self.progress.say("")
-        self.progress.console.print(table.run_table(self.measured, self.cost.points(self.learner)))
+        self.progress.console.print(table.run_table(self.measured, self.cost.points()))
         self.progress.say(f"written to {self.folder}")
-        return names.objective(self.measured, self.objective, self.cost.points(self.learner))
+        return names.objective(self.measured, self.objective, self.cost.points())
 
     def _tick(self) -> None:
         self.progress.tick()
@@ -216,7 +211,9 @@ class Run:
         stopping.obey()
 
     def _between_steps(self) -> None:
-        """Between two optimizer steps a run may be saved, and stop."""
+        """Between two optimizer steps a run may look at its past experiences, be saved, and stop."""
+        step = self.trainer.global_step
+        self.tracker.add(self.anytime.points(self.measured, step), step)
         if self.checkpoints.due() or stopping.asked():
             self._save(Moment(self.boundary, self.learner.batches))
         stopping.obey()
@@ -237,7 +234,8 @@ class Run:
             "loop": self.trainer.fit_loop.state_dict(),
             "max_epochs": self.trainer.fit_loop.max_epochs,
             "record": self.measured.state_dict(),
-            "cost": self.cost.state_dict(),
+            "past": self.past.state_dict(),
+            "cost": self.cost.state_dict(self.trained),
             "tracker": self.tracker.state_dict(),
         }
 
@@ -246,6 +244,8 @@ class Run:
         self.trainer.fit_loop.load_state_dict(state["loop"])
         self.trainer.fit_loop.max_epochs = state["max_epochs"]
         self.measured = Record.from_state_dict(state["record"])
+        self.measured.cumulative = self.measuring.matrix
+        self.past.load_state_dict(state["past"])
         self.cost.load_state_dict(state["cost"])
         self.trained = state["trained"]
         self.inside = state["batches"] > 0 and not self.trained
@@ -264,14 +264,16 @@ class Run:
         state = checkpoint.at(branch, self._refuse)
         preflight.check_something_left(self.training_stream, branch.boundary)
         self._load(state)
+        copy_rows(branch.folder, self.folder, branch.boundary)
         for name, strategy in self.learner.strategies.items():
             if name not in state["learner"]["strategies"]:
                 for experience in self.training_stream[: branch.boundary]:
                     self.learner.experience = experience
-                    strategy.end(self.learner.outlook())
+                    with self.learner.charges.counting(strategy.computes):
+                        strategy.end(self.learner.outlook())
         for i in range(branch.boundary + 1):
             self.tracker.add(names.all_points(self.measured, i), i)
-        self.tracker.add(self.cost.points(self.learner), self.trainer.global_step)
+        self.tracker.add(self.cost.points(), self.trainer.global_step)
         self._save(Moment(branch.boundary))
         self._say_where("branched off")
 

@@ -23,10 +23,11 @@ TOP = {
     "auto_resume",
     "branch",
     "distill",
+    "reproduce",
     "seed",
     "strategy",
 }
-NODE = "checkpoint"  # an option without alternatives, so not a group
+NODES = ("checkpoint", "eval")  # options without alternatives, so not groups
 SEEDS = ("init", "order", "data")
 GIVEN = ("dim", "input_shape", "num_classes")
 """Parameters that the program gives to a factory, never the user."""
@@ -39,8 +40,8 @@ def check_config(config: DictConfig) -> None:
         InputError: what was given, what the constructor or the top level takes, and the key.
     """
     for key in map(str, config):
-        if key not in (*TOP, *GROUPS, NODE):
-            _refuse(f"{key}, which nothing reads", ", ".join(sorted({*TOP, *GROUPS, NODE})), key)
+        if key not in (*TOP, *GROUPS, *NODES):
+            _refuse(f"{key}, which nothing reads", ", ".join(sorted({*TOP, *GROUPS, *NODES})), key)
     if not isinstance(config.get("strategy"), DictConfig) or not config.strategy:
         _refuse(f"strategy={config.get('strategy') or []}", "a strategy, or naive for none", "strategy")
     _check_seeds(config.get("seed"))
@@ -57,7 +58,7 @@ def check_config(config: DictConfig) -> None:
     raw: Any = OmegaConf.to_container(config, resolve=False)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     groups = {
-        **{name: raw[name] for name in (*GROUPS, NODE)},
+        **{name: raw[name] for name in (*GROUPS, *NODES)},
         **{f"strategy.{k}": v for k, v in raw["strategy"].items()},
     }
     for place, node in groups.items():

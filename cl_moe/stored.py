@@ -15,6 +15,7 @@ from cl_moe.ending import one_writer
 from cl_moe.errors import InputError
 from cl_moe.folder import COMMAND, CONFIG, Command, fixed, mapping, read_config
 from cl_moe.schema import leaves, plain
+from cl_moe.tracking import provenance
 from cl_moe.tracking.outbox import undelivered
 from cl_moe.words import is_under
 
@@ -59,6 +60,8 @@ def store_config(config: DictConfig, folder: Path) -> None:
         )
         # Not Hydra's own record, which stands elsewhere if output_dir was given, and may be half written.
         _write(folder / COMMAND, command._asdict())
+        if changes := provenance.diff():
+            files.write_atomically(folder / provenance.DIFF, changes)
         _write(folder / CONFIG, plain(config) | {"resume": None, "output_dir": str(folder)})
 
 

@@ -113,6 +113,13 @@ class Stream(Sequence[Experience]):
                 groups.append(new)
         return tuple(groups)
 
+    def group_of_class(self) -> Tensor:
+        """(classes,) int64: which of ``class_groups`` each class belongs to; -1 if it never arrives."""
+        group = torch.full((self.num_classes,), -1)
+        for index, classes in enumerate(self.class_groups):
+            group[list(classes)] = index
+        return group
+
 
 def cut(stream: Stream, parts: int, seed: int) -> Stream:
     """Cut every experience into ``parts`` shorter ones, so that growth can act inside it.

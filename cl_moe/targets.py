@@ -21,6 +21,7 @@ from cl_moe.growth import FreezePolicy, GrowthSchedule
 from cl_moe.layers.retrieval import Retrieval
 from cl_moe.layers.routers import Capacity, Router, Scores
 from cl_moe.layers.routing import ExpertLayer
+from cl_moe.measuring import Measuring
 from cl_moe.models import ContinualModel
 from cl_moe.optim import OptimizerSpec
 from cl_moe.strategies import Strategy
@@ -30,7 +31,7 @@ from cl_moe.trainer import TrainerSpec
 
 PARTS: tuple[type, ...] = (
     *(Stream, ContinualModel, ExpertLayer, Router, Scores, Capacity, GrowthSchedule, FreezePolicy),
-    *(Retrieval, Strategy, OptimizerSpec, TrainerSpec, Tracker, Checkpoints),
+    *(Retrieval, Strategy, OptimizerSpec, TrainerSpec, Tracker, Checkpoints, Measuring),
 )
 
 

@@ -14,6 +14,7 @@ _FLAGS_WITH_VALUE = (
     *("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p"),
     *("--cfg", "-c", "--experimental-rerun"),
 )
+_EARLIER = ("resume", "branch", "distill", "reproduce")  # keys that name an earlier run
 _INFO = ("--info", "-i")  # their value may be left out
 
 
@@ -33,7 +34,7 @@ def value_of(arguments: Iterable[str], key: str) -> str | None:
         return None
     text = given[-1].partition("=")[2]
     name = text.rpartition("@")[0] if key in ("branch", "distill") and "@" in text else text
-    if key in ("resume", "branch", "distill") and name and name.lower() != "null" and Path(name).is_dir():
+    if key in _EARLIER and name and name.lower() != "null" and Path(name).is_dir():
         return text  # with characters that mean something to Hydra, maybe
     try:
         override = OverridesParser.create().parse_override(f"{key}={text}")

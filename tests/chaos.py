@@ -34,7 +34,8 @@ RUN = (
     *("trainer.epochs=3", "checkpoint.every_steps=5"),
 )
 DRIVER = Path(__file__).with_name("killed.py")
-WALL_CLOCK = {"cost/seconds", "cost/tokens_per_second"}
+WALL_CLOCK = {f"cost/{name}seconds" for name in ("", "eval_", "diagnostics_")}
+WALL_CLOCK |= {"cost/tokens_per_second", "cost/peak_memory_bytes"}
 STARTING = 1.0  # seconds, about, from a process' start to its first work
 PATIENCE = 300  # seconds that a process may take on a machine with other work
 
@@ -134,7 +135,7 @@ def facts(folder: Path) -> dict[str, object]:
 
     state = checkpoint.newest(folder / "out/checkpoints")
     assert state is not None
-    state["cost"].pop("seconds")
+    state["cost"].pop("clock")
     state["tracker"] = None  # timestamps
     files = {name: (folder / "out" / name).read_bytes() for name in (artifacts.MATRIX, artifacts.LEDGER)}
     return {"files": files, "state": state, "points": points(folder)}

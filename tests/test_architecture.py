@@ -19,14 +19,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: dict[str, int] = {
     **dict.fromkeys(("", "errors", "files", "seeds", "stopping", "layers", "losses", "stream", "batches"), 0),
-    **dict.fromkeys(("metrics.functional", "tracking.record"), 0),
+    **dict.fromkeys(("metrics.functional", "tracking.record", "counting"), 0),
     **dict.fromkeys(("models", "optim", "metrics"), 1),
-    **dict.fromkeys(("growth", "strategies"), 2),
-    **dict.fromkeys(("learner", "lean", "tracking", "checkpoint", "progress", "trainer"), 3),
+    **dict.fromkeys(("growth", "strategies", "scoring"), 2),
+    **dict.fromkeys(("learner", "lean", "tracking", "checkpoint", "progress", "trainer", "measuring"), 3),
     **dict.fromkeys(("failures", "memory", "watchdog"), 3),
-    **dict.fromkeys(("experiment", "run", "preflight", "ending", "evaluation", "cost"), 4),
+    **dict.fromkeys(("experiment", "run", "preflight", "ending", "leaving", "evaluation", "cost"), 4),
+    **dict.fromkeys(("anytime", "plasticity"), 4),
     **dict.fromkeys(("cli", "__main__", "arguments", "words", "folder", "schema", "targets"), 5),
     **dict.fromkeys(("launch", "branching", "distilling", "stored", "worker"), 5),
+    **dict.fromkeys(("reproducing", "repeating", "loading"), 5),
 }
 """Rooms of ``cl_moe``; "" is the package itself. A module is in the longest room its name begins with."""
 
@@ -41,6 +43,7 @@ SIBLINGS: dict[tuple[str, str], str] = {
     ("batches", "stream"): "batches are cut from what the contract of a stream holds",
     ("tracking.record", "layers"): "a record is plain data in floor 0's words: expert loads",
     ("tracking.record", "stream"): "a record is plain data in floor 0's words: kinds of stream",
+    ("tracking", "memory"): "a run's table says bytes as its failures do",
     ("failures", "memory"): "a refused allocation is told with who holds how much",
     ("watchdog", "failures"): "where a run hangs is told in the words of where one fails",
     ("experiment", "run"): "the loop is the page to read first; what it drives stands beside it",
@@ -72,18 +75,24 @@ SIBLINGS: dict[tuple[str, str], str] = {
     ("launch", "distilling"): "a student is launched with its teacher",
     ("distilling", "branching"): "a teacher is found and told of like the parent of a branch",
     ("distilling", "arguments"): "a teacher may come from a file as well",
-    ("distilling", "schema"): "a teacher is built from what its run stored",
+    ("distilling", "loading"): "a teacher is a model that is loaded",
+    **dict.fromkeys((("loading", "folder"), ("loading", "targets")), "a model may be a stranger's"),
+    ("arguments", "repeating"): "reproduce stands for the arguments of a run",
+    **dict.fromkeys((("repeating", "folder"), ("repeating", "words")), "reproduce reads a stored command"),
+    ("launch", "reproducing"): "a run that is made again is held against the original",
+    **dict.fromkeys(
+        (("reproducing", n) for n in ("folder", "schema", "words")), "it compares what was stored"
+    ),
+    ("run", "anytime"): "a run looks at its past between two steps",
+    **dict.fromkeys((("experiment", "plasticity"), ("preflight", "plasticity")), "a row measures it"),
+    ("run", "leaving"): "a run writes what it leaves behind",
     ("distilling", "targets"): "a teacher's folder may come from somebody else",
 }
 """Imports along a floor, tolerated with a reason. None of them may have its way back in this table."""
 
 ASIDE = {"stream", "errors", "seeds", ""}
 """What ``tasks`` may know of ``cl_moe``."""
-
-
 parse = lru_cache(maxsize=None)(ast.parse)
-
-
 DYNAMIC = {"import_module", "__import__"}
 
 
@@ -144,7 +153,7 @@ def between(here: str, there: str) -> str:
     if here == there:
         return ""
     if here == "":
-        return "the package itself imports nothing"
+        return "" if there == "loading" else "the package itself imports nothing else"
     if FLOORS[here] == FLOORS[there]:
         known = there in EVERYBODY or (here, there) in SIBLINGS
         return "" if known else f"siblings on floor {FLOORS[here]}"
@@ -224,16 +233,8 @@ def test_functions_are_short(folders: tuple[str, ...]) -> None:
     assert percentile([length for length, _ in lengths], 0.95) <= 35, sorted(lengths)[-20:]
 
 
-PLATFORM = {
-    "lightning",
-    "pytorch_lightning",
-    "hydra",
-    "omegaconf",
-    "mlflow",
-    "datasets",
-    "torchmetrics",
-    "pandas",
-}
+PLATFORM = {*("lightning", "pytorch_lightning", "hydra", "omegaconf", "mlflow", "datasets")}
+PLATFORM |= {"torchmetrics", "pandas"}
 
 
 def test_a_stranger_can_import_floor_0_without_the_platform() -> None:

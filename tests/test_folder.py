@@ -31,7 +31,8 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def runs(folder: Path) -> list[Run]:
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    return list(client.search_runs([e.experiment_id for e in client.search_experiments()]))
+    found = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    return [run for run in found if "sweep_parent" not in run.data.tags]
 
 
 def unfinished(folder: Path) -> None:

@@ -41,6 +41,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "layer moe switch": (*MOE, "router=switch", "optimizer=adamw"),
     "layer peer": (*GROW, *PEER, "optimizer=adamw", "optimizer.state=carry"),
     "accumulating": (*MOE, "trainer.accumulate=2", "trainer.gradient_clip=1"),
+    "looking inside": (*MOE, "strategy=replay", "layer.dropout=0.5", "trainer.accumulate=2", "eval.every=1"),
     "one batch": (*MOE, "trainer.batch_size=1000", "trainer.epochs=3"),
     "layer pkm": (*GROW, *PEER, "layer=pkm", "layer.retrieval.policy=sum"),
     "layer peer of shells": (*PEER[:-1], "growth=at", "growth.events={1:9}", "layer.retrieval.grow_by=shell"),
@@ -94,7 +95,7 @@ def final(folder: Path) -> dict[str, Any]:
     """Everything at the end that is no time of the day."""
     state = checkpoint.newest(folder / "checkpoints")
     assert state is not None
-    del state["cost"]["seconds"]
+    del state["cost"]["clock"]
     return state
 
 

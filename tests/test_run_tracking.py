@@ -15,16 +15,21 @@ from cl_moe.tracking import artifacts, compare
 TAGS = {
     *("stream", "scenario", "model", "layer", "router", "growth", "freeze", "strategy"),
     *("seed.init", "seed.order", "seed.data", "git_commit", "git_dirty", "sweep", "world_size", "status"),
+    *("definitions", "data_checksum"),
 }
 ARTIFACTS = {
     *("config.yaml", "accuracy_matrix.csv", "accuracy_matrix.png", "forgetting_curves.png"),
     *("ledger.json", "environment.txt", "expert_load.parquet", "expert_load.png"),
+    *("command.yaml", "data.json", "leak.csv", "model"),
 }
+WHERE_THERE_IS = {"git.diff", "cohort_load.png", "leak_matrix.png", "forgetting_parts.png", "depth_share.png"}
 STREAM = {"average_accuracy", "forgetting", "backward_transfer", "average_anytime_accuracy"}
 STREAM |= {"learning_accuracy", "forward_transfer"}
 LOADS = {"usage", "unevenness", "entropy", "effective_experts", "gini", "max_violation", "dead_fraction"}
 LOADS |= {"drop_rate", "num_experts", "num_frozen"}
-COSTS = {"seconds", "tokens_per_second", "params_total", "params_trainable", "buffer_bytes"}
+COSTS = {"seconds", "tokens_per_second", "params_total", "params_trainable", "buffer_bytes", "eval_seconds"}
+COSTS |= {"train_flops", "eval_flops", "inference_flops_per_token", "params_active", "peak_memory_bytes"}
+COSTS |= {"param_bytes", "optimizer_bytes", "examples_seen"}
 SMALL = ("trainer.epochs=1", "hydra.sweep.dir=sweep", "trainer.log_every=4")
 
 
@@ -34,7 +39,8 @@ def client_of(folder: Path) -> MlflowClient:
 
 def runs(folder: Path) -> list[Run]:
     client = client_of(folder)
-    return client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=1000)
+    found = client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=1000)
+    return [run for run in found if "sweep_parent" not in run.data.tags]
 
 
 def steps_of(client: MlflowClient, run: Run, key: str) -> list[int]:
@@ -51,7 +57,8 @@ def check_run(client: MlflowClient, run: Run, num_experiences: int) -> None:
     assert run.data.params.keys() >= {"arm", "seed.init", "optimizer.lr", "trainer.epochs"}
     experts = run.data.tags["layer"] != "dense"
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert names == ARTIFACTS
+    assert names - WHERE_THERE_IS == ARTIFACTS
+    assert ("leak_matrix.png" in names) == (run.data.tags["growth"] != "never")
     check_axes(client, run, num_experiences)
     keys = set(run.data.metrics)
     assert keys >= {f"stream/{name}" for name in STREAM} | {f"cost/{name}" for name in COSTS}

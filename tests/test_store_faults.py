@@ -29,7 +29,8 @@ from cl_moe.tracking.tracker import MLflowTracker
 
 CHAOS = runpy.run_path(str(Path(__file__).with_name("chaos.py")))
 SMALL = ("hydra.run.dir=outputs/one", "trainer.epochs=1", "stream.tune_on_first=2", "trainer.log_every=4")
-WALL_CLOCK = {"cost/seconds", "cost/tokens_per_second"}
+WALL_CLOCK = {f"cost/{name}seconds" for name in ("", "eval_", "diagnostics_")}
+WALL_CLOCK |= {"cost/tokens_per_second", "cost/peak_memory_bytes"}
 Points = dict[str, list[tuple[int, float]]]
 
 

@@ -7,6 +7,7 @@ from cl_moe.layers.moe import MoE
 from cl_moe.layers.peer import PEER
 from cl_moe.layers.pkm import PKM
 from cl_moe.layers.retrieval import Retrieval
+from cl_moe.layers.router_parts import router_names
 from cl_moe.layers.routers import (
     Candidates,
     Capacity,
@@ -44,4 +45,5 @@ __all__ = [
     "Tokens",
     "TopK",
     "fold_load",
+    "router_names",
 ]

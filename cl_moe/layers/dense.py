@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_moe.errors import InputError
+from cl_moe.layers.activity import Activity, of_units
 from cl_moe.layers.precision import activation_by_name
 from cl_moe.layers.routing import ExpertLayer, Routing
 
@@ -50,6 +51,17 @@ class DenseFFN(ExpertLayer):
         if mask is not None:
             out = out.masked_fill(~mask.unsqueeze(-1), 0.0)
         return out.to(x.dtype), _nothing_routed(x, mask)
+
+    @property
+    def has_hidden_units(self) -> bool:
+        """With two maps."""
+        return self.linear_out is not None
+
+    def hidden_activity(self, x: Tensor, routing: Routing) -> Activity | None:
+        """Of the units between the two maps, ``hidden`` of them; None for a single map."""
+        if self.linear_out is None:
+            return None
+        return of_units(self.activation(self.linear_in(x)), routing.valid)
 
     def grow(
         self, num_experts: int, init: str = "fresh", noise: float = 0.01, load: Tensor | None = None

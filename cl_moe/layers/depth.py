@@ -44,6 +44,8 @@ class DepthRouter(nn.Module):
         predictor_weight: weight of the predictor's loss, >= 0; its gradients reach the predictor only.
     """
 
+    router_parts = ("score", "predictor")
+
     def __init__(
         self, dim: int, capacity: float = 0.125, causal: bool = True, predictor_weight: float = 1.0
     ) -> None:
@@ -64,6 +66,11 @@ class DepthRouter(nn.Module):
         half = max(dim // 2, 1)
         perceptron = [nn.Linear(dim, half), nn.ReLU(), nn.Linear(half, 1)]
         self.predictor = nn.Sequential(*perceptron) if causal else None
+
+    @property
+    def cost_varies(self) -> bool:
+        """Whether what goes through depends on the tokens, not on their number alone: a predictor decides."""
+        return self.predictor is not None
 
     def forward(
         self, x: Tensor, mask: Tensor | None, block: Block

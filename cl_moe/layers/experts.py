@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cl_moe.layers.activity import Activity, joined, of_experts, of_units
 from cl_moe.layers.grouped import grouped_mm
 from cl_moe.layers.pairs import Pairs, pair_gather, pair_sum
 from cl_moe.layers.precision import activation_by_name, matmul_dtype, no_autocast, wide
@@ -35,6 +36,7 @@ class Cohort(nn.Module):
         biased: whether there is a ``selection_bias``.
     """
 
+    router_parts = ("key", "selection_bias")
     selection_bias: Tensor | None
 
     def __init__(
@@ -69,10 +71,14 @@ class Cohort(nn.Module):
             x_MD: (M, D) rows, those of expert e at ``start_n1[e] : start_n1[e + 1]``.
             start_n1: (n + 1,) int64, from 0 to M.
         """
-        hidden_MH = self.activation(_grouped_linear(x_MD, self.w_in, self.b_in, start_n1))
+        hidden_MH = self.hidden_units(x_MD, start_n1)
         if self.dropout > 0:
             hidden_MH = nn.functional.dropout(hidden_MH, self.dropout, self.training)
         return _grouped_linear(hidden_MH, self.w_out, self.b_out, start_n1)
+
+    def hidden_units(self, x_MD: Tensor, start_n1: Tensor) -> Tensor:
+        """(M, H): what stands between the two maps, before dropout."""
+        return self.activation(_grouped_linear(x_MD, self.w_in, self.b_in, start_n1))
 
 
 class SharedExperts(nn.Module):
@@ -102,8 +108,7 @@ class SharedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, valid_T: Tensor | None = None) -> Tensor:
         """(T, D) in the dtype of ``x_TD``; 0 on padding."""
-        x_TI = x_TD.to(self.w_in.dtype)
-        hidden_TH = self.activation(nn.functional.linear(x_TI, self.w_in.t(), self.b_in))
+        hidden_TH = self.hidden_units(x_TD)
         if self.dropout > 0:
             hidden_TH = nn.functional.dropout(hidden_TH, self.dropout, self.training)
         bias_D = None if self.b_out is None else self.b_out.sum(dim=0)
@@ -111,6 +116,14 @@ class SharedExperts(nn.Module):
         if valid_T is not None:
             out_TD = out_TD.masked_fill(~valid_T.unsqueeze(-1), 0.0)
         return out_TD.to(x_TD.dtype)
+
+    def hidden_units(self, x_TD: Tensor) -> Tensor:
+        """(T, n H): what stands between the two maps, before dropout."""
+        return self.activation(nn.functional.linear(x_TD.to(self.w_in.dtype), self.w_in.t(), self.b_in))
+
+    def hidden_activity(self, x_TD: Tensor, valid_T: Tensor | None) -> Activity:
+        """Of all n H units, which every real token reaches."""
+        return of_units(self.hidden_units(x_TD), valid_T)
 
 
 class ExpertPool(nn.ModuleList):
@@ -155,6 +168,19 @@ class ExpertPool(nn.ModuleList):
             out_MD = wide(torch.cat(outs))
             out_TD = pair_sum(weight_M.to(out_MD.dtype), out_MD, slots)
         return out_TD.to(x_TD.dtype)
+
+    def hidden_activity(self, x_TD: Tensor, routing: Routing) -> Activity:
+        """Of every expert's hidden units over the tokens that it computed, oldest cohort first."""
+        cohorts: list[Cohort] = list(self)  # type: ignore[arg-type]
+        _, slots, start_N1 = _places_by_expert(routing, sum(cohort.num_experts for cohort in cohorts))
+        rows_MD, parts, first = pair_gather(x_TD, slots), list[Activity](), 0
+        for cohort in cohorts:
+            start_n1 = start_N1[first : first + cohort.num_experts + 1]
+            rows_mD = rows_MD[start_n1[0] : start_n1[-1]]
+            start_n1 = start_n1 - start_n1[0]
+            parts.append(of_experts(cohort.hidden_units(rows_mD, start_n1), start_n1))
+            first += cohort.num_experts
+        return joined(parts)
 
 
 def _places_by_expert(routing: Routing, num_experts: int) -> tuple[Tensor, Pairs, Tensor]:

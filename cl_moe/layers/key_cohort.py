@@ -32,6 +32,7 @@ class KeyCohort(nn.Module):
         own_queries: whether the cohort has a query net of its own.
     """
 
+    router_parts = ("keys", "query", "query_norm")
     query: nn.Linear
     query_norm: QueryNorm | None
 

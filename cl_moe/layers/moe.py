@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cl_moe.errors import InputError
+from cl_moe.layers.activity import Activity, joined
 from cl_moe.layers.experts import Cohort, ExpertPool, SharedExperts
 from cl_moe.layers.routers import Candidates, Router, TopK
 from cl_moe.layers.routing import ExpertLayer, Routing, flat_tokens, most_used, noisy_copy
@@ -37,6 +38,7 @@ class MoE(ExpertLayer):
         InputError: the router cannot serve so few experts (key ``router.k``), or a number is out of range.
     """
 
+    router_parts = ("router",)
     cohorts: ExpertPool
 
     def __init__(
@@ -78,6 +80,26 @@ class MoE(ExpertLayer):
         if self.shared is not None:
             out_TD = out_TD + self.shared(tokens.x, tokens.valid)
         return out_TD.reshape(x.shape), routing
+
+    @property
+    def has_hidden_units(self) -> bool:
+        """Every expert has."""
+        return True
+
+    def hidden_activity(self, x: Tensor, routing: Routing) -> Activity | None:
+        """Of the experts' hidden units, expert by expert, then those of the shared experts."""
+        x_TD = x.reshape(-1, self.dim)
+        parts = [self.cohorts.hidden_activity(x_TD, routing)]
+        if self.shared is not None:
+            parts.append(self.shared.hidden_activity(x_TD, routing.valid))
+        return joined(parts)
+
+    def active_parameters(self) -> int:
+        """All but the experts that are not chosen; all keys, which the router needs."""
+        experts = sum(p.numel() for cohort in self._cohorts() for p in cohort.parameters())
+        experts -= sum(cohort.key.numel() for cohort in self._cohorts())
+        chosen = min(self.router.choices / self.num_experts, 1.0)
+        return super().active_parameters() - experts + round(chosen * experts)
 
     @property
     def causal(self) -> bool:

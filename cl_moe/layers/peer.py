@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cl_moe.layers.precision import activation_by_name
+from cl_moe.layers.activity import Activity
+from cl_moe.layers.precision import activation_by_name, no_autocast, wide
 from cl_moe.layers.product_key_layer import ProductKeyLayer
 from cl_moe.layers.queries import Queries
 from cl_moe.layers.retrieval import Retrieval
-from cl_moe.layers.vector_experts import Dot
+from cl_moe.layers.routing import Routing
+from cl_moe.layers.vector_experts import Dot, expert_activity
 
 # E[act(z)^2] for z ~ N(0, 1), and the output variance of DenseFFN for unit input (see balanced_value_std)
 _SECOND_MOMENT = {"relu": 0.5, "gelu": 0.4252}
@@ -64,6 +66,17 @@ class PEER(ProductKeyLayer):
         if self.glu:
             hidden = hidden * dot("w")
         return hidden * weight
+
+    @property
+    def has_hidden_units(self) -> bool:
+        """Every expert has."""
+        return True
+
+    def hidden_activity(self, x: Tensor, routing: Routing) -> Activity | None:
+        """Of every expert, which is one hidden unit, over the tokens that chose it."""
+        parts = self._parts(range(len(self.cohorts)))
+        with no_autocast(x):
+            return expert_activity(wide(x.reshape(-1, self.dim)), routing, parts, self.coefficients)
 
 
 def balanced_value_std(activation: str, heads: int, k: int, gate: str = "softmax") -> float:

@@ -46,6 +46,7 @@ class ProductKeyLayer(ExpertLayer):
         stds: the experts' tables by name, with the standard deviation they are drawn with; ``v`` among them.
     """
 
+    router_parts = ("query", "query_norm")
     query: nn.Linear
     query_norm: QueryNorm | None
 
@@ -74,6 +75,15 @@ class ProductKeyLayer(ExpertLayer):
             dot: ``dot("u")`` is u . x of every choice, for each table.
             weight: gating weights, any shape.
         """
+
+    def active_parameters(self) -> int:
+        """All but the experts that are not retrieved: h k of them are, under ``sum`` of each cohort.
+
+        Scoring takes all sub-keys; two heads that retrieve the same expert count it twice.
+        """
+        lists = len(self.cohorts) if self.retrieval.policy == "sum" else 1
+        chosen = min(self.heads * self.k * lists, self.num_experts)
+        return super().active_parameters() - (self.num_experts - chosen) * len(self._stds) * self.dim
 
     @property
     def shared_router(self) -> tuple[nn.Module, ...]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_moe.errors import InputError
+from cl_moe.layers.activity import Activity
 from cl_moe.layers.tokens import Tokens as Tokens
 from cl_moe.layers.tokens import check_finite, check_fits
 from cl_moe.layers.tokens import flat_tokens as flat_tokens
@@ -110,7 +111,8 @@ class ExpertLayer(nn.Module, ABC):
 
     A cohort is the unit of growth and of freezing: its weights and its router keys are whole parameters of
     one module in ``cohorts``, appended and never reordered, so ids and state names are for life (law 2).
-    What the router shares between cohorts (a query net, say) is listed by ``shared_router``.
+    What the router shares between cohorts (a query net, say) is listed by ``shared_router``; all that it
+    chooses by is named in the ``router_parts`` of the layer and of its cohorts (see ``router_names``).
     """
 
     dim: int
@@ -163,6 +165,29 @@ class ExpertLayer(nn.Module, ABC):
     def shared_router(self) -> tuple[nn.Module, ...]:
         """Router parts that all cohorts use: frozen only by a policy that says so."""
         return ()
+
+    def active_parameters(self) -> int:
+        """Parameters that take part in computing one token, routing's included: here all of them.
+
+        An expert that is not chosen does not; where experts differ in size, the mean counts.
+        """
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def has_hidden_units(self) -> bool:
+        """Whether ``hidden_activity`` has something to tell."""
+        return False
+
+    def hidden_activity(self, x: Tensor, routing: Routing) -> Activity | None:
+        """How active the hidden units are, computed anew (U units; as in evaluation, without dropout).
+
+        None where there are none: a linear map, a memory of values alone.
+
+        Args:
+            x: (..., D), the input of a forward pass.
+            routing: what that pass routed, of all cohorts.
+        """
+        return None
 
     def freeze(self, cohorts: Sequence[int] | None = None, shared: bool = False) -> None:
         """Stop cohorts (None: all) for good; with ``shared``, what the router shares as well.

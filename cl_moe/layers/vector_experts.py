@@ -11,6 +11,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from cl_moe.layers.activity import Activity, joined
 from cl_moe.layers.key_cohort import KeyCohort
 from cl_moe.layers.pair_ops import own_pairs, table_dot, table_sum
 from cl_moe.layers.pairs import Pairs, pair_dot, pair_sum, regular_pairs
@@ -54,6 +55,33 @@ def expert_sum(x_TD: Tensor, routing: Routing, parts: Sequence[Part], coefficien
     for part_TD in outs:
         out_TD = out_TD + part_TD
     return out_TD
+
+
+def expert_activity(
+    x_TD: Tensor, routing: Routing, parts: Sequence[Part], coefficients: Coefficients
+) -> Activity:
+    """Of the one hidden unit that each expert is, over the tokens whose choice it was, once per choice.
+
+    Args:
+        x_TD: (T, D) float32 or float64.
+        routing: a regular choice, of experts of ``parts`` only; padding is not ``kept``.
+        parts: all cohorts, oldest first.
+        coefficients: as for ``expert_sum``; with weights of 1 they are the hidden unit itself.
+    """
+    kept, found = routing._replace(weight=routing.kept.to(x_TD.dtype)), []
+    for part in parts:
+        pairs, kept_P = _pairs_of(part, kept)
+
+        def dot(name: str, part: Part = part, pairs: Pairs = pairs) -> Tensor:
+            return pair_dot(x_TD, wide(getattr(part.cohort, name)), pairs)
+
+        size_P = coefficients(dot, torch.ones_like(kept_P)).abs().double()
+        size_P = size_P.masked_fill(kept_P == 0, 0.0)  # padding may hold anything, even NaN
+        n = part.cohort.num_experts
+        total_n = torch.bincount(pairs.column_P, weights=size_P, minlength=n)
+        reached_n = torch.bincount(pairs.column_P, weights=kept_P, minlength=n)
+        found.append(Activity(total_n.double(), reached_n.long()))
+    return joined(found)
 
 
 def _part_sum(x_TD: Tensor, routing: Routing, part: Part, coefficients: Coefficients) -> Tensor:

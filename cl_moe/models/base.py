@@ -6,7 +6,7 @@ Legend: B batch, D width, C columns of logits (classes known so far).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -97,6 +97,11 @@ class ContinualModel(nn.Module, ABC):
         """The layer in each block's feed-forward slot, in order of the blocks."""
 
     @property
+    def units_behind(self) -> Mapping[int, nn.Module]:
+        """Activations that stand behind a slot of one linear map: its units, by the block's index."""
+        return {}
+
+    @property
     def expert_layers(self) -> dict[int, ExpertLayer]:
         """Layers that route, by block index: those with cohorts, which can grow and freeze."""
         return {
@@ -104,6 +109,17 @@ class ContinualModel(nn.Module, ABC):
             for index, layer in enumerate(self.feed_forward)
             if isinstance(layer, ExpertLayer) and len(layer.cohorts) > 0
         }
+
+    def active_parameters(self) -> int:
+        """Parameters that take part in computing one token, on average over tokens."""
+        return active_parameters(self)
+
+
+def active_parameters(module: nn.Module) -> int:
+    """A module's parameters without those of experts that were not chosen for a token."""
+    layers = [part for part in module.modules() if isinstance(part, ExpertLayer)]
+    idle = sum(sum(p.numel() for p in layer.parameters()) - layer.active_parameters() for layer in layers)
+    return sum(p.numel() for p in module.parameters()) - idle
 
 
 def depth_key(block: int) -> int:

@@ -6,7 +6,7 @@ Legend: B batch, D width, C classes known so far.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ class MLPClassifier(ContinualModel):
         self.added = slot_blocks(slots, num_blocks)[0] if slots == "added" else []
         self.stem = nn.Linear(math.prod(input_shape), width)
         self.blocks = fill_slots(slots, num_blocks, width, layer, ffn_hidden, "relu")
+        self.relus = nn.ModuleList(nn.ReLU() for _ in self.blocks)
         self.head = Head(width)
 
     @property
@@ -58,16 +59,21 @@ class MLPClassifier(ContinualModel):
         """The layer of each block."""
         return list(self.blocks)
 
+    @property
+    def units_behind(self) -> Mapping[int, nn.Module]:
+        """The ReLU behind every slot."""
+        return dict(enumerate(self.relus))
+
     def forward(
         self, inputs: Tensor, mask: Tensor | None = None, cohorts: Sequence[int] | None = None
     ) -> tuple[Tensor, dict[int, Routing]]:
         """Logits (B, C) of ``inputs`` (B, ...), and the routings by block."""
         x_BD = torch.relu(self.stem(inputs.flatten(1)))
         routings = {}
-        for index, block in enumerate(self.blocks):
+        for index, (block, relu) in enumerate(zip(self.blocks, self.relus, strict=True)):
             out_BD, routing = block(x_BD, mask=mask, cohorts=cohorts)
             if routing.num_experts:
                 routings[index] = routing
             # A block of its own beside the dense ones has to be a residual one, or it would replace them.
-            x_BD = torch.relu(x_BD + out_BD if self.residual or index in self.added else out_BD)
+            x_BD = relu(x_BD + out_BD if self.residual or index in self.added else out_BD)
         return self.head(x_BD), routings

@@ -17,7 +17,7 @@ from cl_moe.errors import InputError
 from cl_moe.layers.depth import DepthRouter
 from cl_moe.layers.routing import ExpertLayer, Routing
 from cl_moe.models.attention import PROJECTIONS, Mixer, attention_projections
-from cl_moe.models.base import ContinualModel, depth_key
+from cl_moe.models.base import ContinualModel, active_parameters, depth_key
 from cl_moe.models.slots import LayerFactory, fill_slots, slot_blocks
 
 Depth = float | Mapping[str, Any] | None
@@ -99,6 +99,15 @@ class TransformerBody(ContinualModel):
                 if layer is not None and len(layer.cohorts) > 0:
                     layers[self.projection_key(block, name)] = layer
         return layers
+
+    def active_parameters(self) -> int:
+        """The same; of a block at depth the share that its capacity is, since the other tokens pass by."""
+        active = super().active_parameters()
+        for at, router in self.depths.items():
+            parts = (self.blocks[int(at)], self.mixers[int(at)], self.norms[int(at)])
+            assert isinstance(router, DepthRouter)
+            active -= round((1 - router.capacity) * sum(active_parameters(part) for part in parts))
+        return active
 
     def projection_key(self, block: int, projection: str) -> int:
         """Index of a projection made of experts: behind the blocks come their queries, then keys, ..."""

@@ -68,7 +68,14 @@ class Step:
 
 
 class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothing)
-    """Resists forgetting through any of its hooks; by default through none."""
+    """Resists forgetting through any of its hooks; by default through none.
+
+    Attributes:
+        computes: whether ``begin`` or ``end`` do more than bookkeeping (they run the model, say): what they
+            take is counted then, which is slow where there is nothing to count.
+    """
+
+    computes: bool = True
 
     def view(self, stream: Stream) -> Stream:
         """The stream as training shall see it (joint training sees all at once); evaluation is untouched."""
@@ -79,7 +86,7 @@ class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothin
         return None
 
     def batch(self, inputs: Tensor, targets: Tensor) -> Batch:
-        """The batch to train on."""
+        """The batch to train on: the new examples first, as they came; what is added stands behind them."""
         return inputs, targets
 
     def loss(self, step: Step) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ class Replay(Strategy):
             examples as there are new ones. A fraction that is no whole number of examples is met on average.
     """
 
+    computes = False
+
     def __init__(self, memory_size: int = 200, share: float = 0.5) -> None:
         if not isinstance(memory_size, int) or memory_size < 1:
             raise InputError(

@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import csv
 import json
-import platform
-from importlib import metadata
-from io import BytesIO, StringIO
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cl_moe import files
 from cl_moe.errors import InputError
-from cl_moe.layers.routing import ExpertLoad
+from cl_moe.tracking.inside import ANYTIME, write_anytime
+from cl_moe.tracking.loads import LOADS, write_loads
+from cl_moe.tracking.loads import read_loads as read_loads
+from cl_moe.tracking.provenance import ENVIRONMENT
+from cl_moe.tracking.provenance import write_environment as write_environment
 from cl_moe.tracking.record import Record
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 MATRIX = "accuracy_matrix.csv"
 LEDGER = "ledger.json"
-LOADS = "expert_load.parquet"
-ENVIRONMENT = "environment.txt"
+LEAK = "leak.csv"
 
 _INDEX = "experiences_trained"
 
@@ -45,16 +43,23 @@ class Matrix(NamedTuple):
 
 
 def write_artifacts(record: Record, folder: Path) -> list[Path]:
-    """Write matrix, ledger, loads (no lines without experts), environment into ``folder``, made if missing.
+    """Write matrix, ledger, loads and leak (no lines without experts), environment into ``folder``.
+
+    Evaluations inside experiences too, where there were any.
+
+    It is made if it is missing; what lies there of earlier rows' loads (``tracking.loads``) is put together.
 
     Returns:
         The paths written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    inside = [write_anytime(record, folder / ANYTIME)] if record.anytime else []
     return [
+        *inside,
         write_matrix(record, folder / MATRIX),
         write_ledger(record.ledger, folder / LEDGER),
         write_loads(record, folder / LOADS),
+        write_leak(record, folder / LEAK),
         write_environment(folder / ENVIRONMENT),
     ]
 
@@ -102,134 +107,27 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     return ledger
 
 
-def write_loads(record: Record, path: Path) -> Path:
-    """Expert loads in long form: a line per point, layer, experience and expert that was chosen at all.
+def write_leak(record: Record, path: Path) -> Path:
+    """The leak as a matrix: which share of an experience's routed weight goes to which cohort, at each point.
 
-    Columns: ``experiences_trained`` int32, ``layer`` int32 (block index), ``experience`` int32, ``expert``
-    int64 (its id for life), ``cohort`` int32, ``birth`` int32 (experiences trained before it was born),
-    ``frozen`` bool (by then), ``score`` float64 (gating weight accumulated), ``count`` int64 (slots,
-    dropped ones included). Lines with count 0 are left out; how many experts there are stands in the file's
-    metadata, ``num_experts``: JSON, for each point ``{layer: N}``. Slots kept stand there too, ``kept``:
-    JSON, for each point ``{layer: [per experience]}``.
+    A line per point, layer, cohort and experience: ``experiences_trained``, ``layer`` (block index),
+    ``cohort``, ``birth`` (experiences trained before it was born; more than ``experience``: born after it was
+    learnt), ``experience``, ``share`` in [0, 1], which adds up to 1 over the cohorts; ``nan`` where nothing
+    was routed.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pieces = [
-        _load_lines(load, cohorts.get(layer, []), i, layer, experience)
-        for i, (per_layer, cohorts) in enumerate(zip(record.loads, record.cohorts, strict=True))
-        for layer, loads in per_layer.items()
-        for experience, load in enumerate(loads)
-    ]
-    schema = _load_schema().with_metadata(
-        {
-            "num_experts": json.dumps([_sizes(per_layer) for per_layer in record.loads]),
-            "kept": json.dumps([_kept(per_layer) for per_layer in record.loads]),
-        }
-    )
-    empty = {name: torch.empty(0, dtype=torch.int64) for name in schema.names}
-    columns = {name: torch.cat([piece[name] for piece in pieces or [empty]]).numpy() for name in schema.names}
-    arrays = [pa.array(columns[field.name]).cast(field.type) for field in schema]
-    table = pa.Table.from_arrays(arrays, schema=schema)
-    content = BytesIO()
-    pq.write_table(table, content)
-    files.write_atomically(path, content.getbuffer())
-    return path
-
-
-def read_loads(path: Path) -> list[dict[int, list[ExpertLoad]]]:
-    """What ``write_loads`` wrote, as ``Record.loads``: ``{block index: [load per experience]}`` per point."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path)
-    about = table.schema.metadata
-    sizes, kept = json.loads(about[b"num_experts"]), json.loads(about[b"kept"])
-    points: list[dict[int, list[ExpertLoad]]] = [
-        {int(layer): [_no_load(size, slots) for slots in kept[i][layer]] for layer, size in row.items()}
-        for i, row in enumerate(sizes)
-    ]
-    for place, lines in table.to_pandas().groupby([_INDEX, "layer", "experience"]):
-        i, layer, experience = place
-        load, expert = points[i][layer][experience], torch.tensor(lines["expert"].to_numpy())
-        load.score[expert] = torch.tensor(lines["score"].to_numpy())
-        load.count[expert] = torch.tensor(lines["count"].to_numpy())
-    return points
-
-
-def write_environment(path: Path) -> Path:
-    """Python, platform and the versions of everything installed; neither the user's name nor a path."""
-    packages = {
-        distribution.metadata["Name"]: distribution.version
-        for distribution in metadata.distributions()
-        if distribution.metadata["Name"]
-    }
-    lines = [
-        f"python {platform.python_version()} ({platform.python_implementation()})",
-        f"platform {platform.system()} {platform.release()} {platform.machine()}",
-        *(f"{name}=={packages[name]}" for name in sorted(packages, key=str.lower)),
-    ]
-    return write_text("\n".join(lines) + "\n", path)
+    text = StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([_INDEX, "layer", "cohort", "birth", "experience", "share"])
+    for i, per_layer in enumerate(record.shares):
+        for layer, share_CT in per_layer.items():
+            births = [birth for _, birth, _ in record.cohorts[i].get(layer, [(0, 0, False)])]
+            for cohort, (birth, row) in enumerate(zip(births, share_CT.tolist(), strict=True)):
+                for experience, share in enumerate(row):
+                    table.writerow([i, layer, cohort, birth, experience, repr(share)])
+    return write_text(text.getvalue(), path)
 
 
 def write_text(text: str, path: Path) -> Path:
     """Write a UTF-8 file whole or not at all."""
     files.write_atomically(path, text.encode())
     return path
-
-
-def _load_schema() -> pa.Schema:
-    """Columns of the long form and their types."""
-    import pyarrow as pa
-
-    int32, int64 = pa.int32(), pa.int64()
-    return pa.schema(
-        [
-            (_INDEX, int32),
-            ("layer", int32),
-            ("experience", int32),
-            ("expert", int64),
-            ("cohort", int32),
-            ("birth", int32),
-            ("frozen", pa.bool_()),
-            ("score", pa.float64()),
-            ("count", int64),
-        ]
-    )
-
-
-def _load_lines(
-    load: ExpertLoad, cohorts: list[tuple[int, int, bool]], i: int, layer: int, experience: int
-) -> dict[str, Tensor]:
-    """The columns of one load, for experts with a count; a layer without cohorts counts as one of them."""
-    cohorts = cohorts or [(load.count.numel(), 0, False)]
-    expert = load.count.nonzero().squeeze(1).cpu()
-    ends = torch.tensor([size for size, _, _ in cohorts], dtype=torch.int64).cumsum(0)
-    cohort = torch.bucketize(expert, ends, right=True)
-    births = torch.tensor([birth for _, birth, _ in cohorts], dtype=torch.int64)
-    frozen = torch.tensor([stopped for _, _, stopped in cohorts], dtype=torch.bool)
-    return {
-        _INDEX: torch.full_like(expert, i),
-        "layer": torch.full_like(expert, layer),
-        "experience": torch.full_like(expert, experience),
-        "expert": expert,
-        "cohort": cohort,
-        "birth": births[cohort],
-        "frozen": frozen[cohort],
-        "score": load.score.cpu().double()[expert],
-        "count": load.count.cpu()[expert],
-    }
-
-
-def _sizes(per_layer: dict[int, list[ExpertLoad]]) -> dict[int, int]:
-    return {layer: max(load.count.numel() for load in loads) for layer, loads in per_layer.items() if loads}
-
-
-def _kept(per_layer: dict[int, list[ExpertLoad]]) -> dict[int, list[int]]:
-    return {layer: [int(load.kept) for load in loads] for layer, loads in per_layer.items() if loads}
-
-
-def _no_load(size: int, kept: int) -> ExpertLoad:
-    """A load with no slots; ``kept`` as it was."""
-    return ExpertLoad(
-        torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.int64), torch.tensor(kept)
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shlex
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from cl_moe.errors import InputError
-from cl_moe.tracking import store
+from cl_moe.tracking import store, sweeps
 from cl_moe.tracking.entries import Closing, Entry, File, Point, Tag
 from cl_moe.tracking.outbox import OUTBOX, RUN_ID_FILE, Outbox
 from cl_moe.tracking.store import check_name, cut
@@ -30,8 +29,6 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0  # seconds
 _SHARE = 20.0  # a store that is slow, or slow to fail, gets a twentieth of the time
 _LOCK_PATIENCE = 20.0  # seconds; as long as sqlite itself waits for a lock
 _HURRIED = 2  # seconds that a store has to answer a process that was asked to stop
-# Paul Tol's "muted" scheme: told apart with any common colour blindness
-_COLOURS = ["#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499"]
 _log = logging.getLogger(__name__)
 
 
@@ -71,6 +68,7 @@ class Courier:
         elif isinstance(first, Closing):
             self.client.set_tag(run_id, "status", first.status)
             self.client.set_terminated(run_id, _MLFLOW_STATUS[first.status], end_time=first.ms)
+            sweeps.settle(self.client, run_id)
         else:
             self._points([point for point in entries if isinstance(point, Point)])
         return True
@@ -203,17 +201,8 @@ def described(params: Mapping[str, object], tags: Mapping[str, str]) -> tuple[di
         check_name(key, "param or tag")
     labels = {key: cut(value) for key, value in tags.items()} | {"status": "running"}
     if "arm" in params:
-        labels["mlflow.runColor"] = colour(str(params["arm"]))
+        labels["mlflow.runColor"] = sweeps.colour(str(params["arm"]))
     return {key: cut(str(value)) for key, value in params.items()}, labels
-
-
-def colour(arm: str) -> str:
-    """The colour of an arm in MLflow's charts: the same in every run and on every machine.
-
-    >>> colour("naive") == colour("naive")
-    True
-    """
-    return _COLOURS[int.from_bytes(hashlib.sha256(arm.encode()).digest()[:4]) % len(_COLOURS)]
 
 
 def left(outbox: Outbox, uri: str, trouble: Exception) -> str:

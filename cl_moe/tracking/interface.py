@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 Status = Literal["finished", "failed", "stopped"]
 
@@ -19,7 +19,14 @@ class Tracker(ABC):
     """
 
     @abstractmethod
-    def start(self, folder: Path, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> str:
+    def start(
+        self,
+        folder: Path,
+        name: str,
+        params: Mapping[str, object],
+        tags: Mapping[str, str],
+        sweep: Path | None = None,
+    ) -> str:
         """Opens the run (the one whose id stands in ``folder/mlflow_run_id``, if any) and returns its id.
 
         A new run needs a store that answers. For a run that goes on, one that does not is a warning.
@@ -29,6 +36,7 @@ class Tracker(ABC):
             name: the name shown in MLflow.
             params: the flattened config; values are stored as text of at most 6,000 characters.
             tags: what the run is found by.
+            sweep: folder of the sweep that it is a job of.
 
         Raises:
             InputError: the store, the experiment, a name, or the run in the folder is not what it must be.
@@ -75,3 +83,41 @@ class Tracker(ABC):
     @abstractmethod
     def finish(self, status: Status) -> None:
         """Sends what is left, points of no checkpoint too, and closes the run; a stopped one may go on."""
+
+
+@final
+class NoTracker(Tracker):
+    """Keeps nothing."""
+
+    def start(
+        self,
+        folder: Path,
+        name: str,
+        params: Mapping[str, object],
+        tags: Mapping[str, str],
+        sweep: Path | None = None,
+    ) -> str:
+        """An empty id."""
+        return ""
+
+    def add(self, points: Mapping[str, float], step: int) -> None:
+        """Nothing."""
+
+    def send(self) -> None:
+        """Nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to go back to."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Nothing."""
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Nothing."""
+
+    def tag(self, key: str, value: str) -> None:
+        """Nothing."""
+
+    def finish(self, status: Status) -> None:
+        """Nothing."""

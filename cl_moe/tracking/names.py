@@ -18,9 +18,15 @@ from torch import Tensor
 import cl_moe.metrics.functional as F  # noqa: N812
 from cl_moe.errors import InputError
 from cl_moe.layers.routing import ExpertLoad
+from cl_moe.tracking.diagnostics import load_metrics, numbered
+from cl_moe.tracking.diagnostics import seen_loads as seen_loads
+from cl_moe.tracking.inside import gap_points
 from cl_moe.tracking.record import Record
 
 DEFAULT_OBJECTIVE = "stream/average_accuracy"
+DEFINITIONS = "1"
+"""Version of what the metrics mean, a tag of every run: raise it when a key begins to mean another quantity.
+Runs of different versions are never averaged. Runs without the tag are of version 1."""
 
 _CLASSIFICATION: dict[str, Callable[[Tensor], Tensor]] = {
     "stream/average_accuracy": F.average_accuracy,
@@ -39,26 +45,6 @@ _LANGUAGE: dict[str, Callable[[Tensor], Tensor]] = {
     "stream/average_anytime_loss": lambda R: -F.average_anytime_accuracy(R),
     "stream/learning_loss": lambda R: -F.learning_accuracy(R),
 }
-_OF_SCORE: dict[str, Callable[[Tensor], Tensor]] = {
-    "usage": F.usage,
-    "unevenness": F.unevenness,
-    "entropy": F.normalized_entropy,
-    "effective_experts": F.effective_experts,
-}
-_OF_COUNT: dict[str, Callable[[Tensor], Tensor]] = {
-    "gini": F.gini,
-    "max_violation": F.max_violation,
-    "dead_fraction": F.dead_fraction,
-}
-
-
-def numbered(index: int, total: int = 0) -> str:
-    """``index`` as it stands in a key: two digits, or as many as the largest of ``total`` indices needs.
-
-    >>> numbered(3), numbered(3, total=120)
-    ('03', '003')
-    """
-    return f"{index:0{max(2, len(str(max(total - 1, index))))}d}"
 
 
 def stream_points(record: Record, i: int) -> dict[str, float]:
@@ -90,7 +76,25 @@ def stream_points(record: Record, i: int) -> dict[str, float]:
         points[f"forgetting/experience_{numbered(j, T)}"] = value
     formulas = _LANGUAGE if language else _CLASSIFICATION
     points.update({key: formula(seen).item() for key, formula in formulas.items()})
-    return _defined(points)
+    if record.cumulative is not None:
+        points["stream/intransigence"] = F.intransigence(seen, F.up_to(record.cumulative, i)).item()
+    return _defined(points | _decomposition(record, i) | gap_points(record, i))
+
+
+def _decomposition(record: Record, i: int) -> dict[str, float]:
+    """What weights and what routing forgot, in the unit of the scores, where it was measured at point i."""
+    if i not in record.rewound:
+        return {}
+    seen = F.up_to(record.matrix, i)
+    rewound_T = torch.cat([record.rewound[i], seen[-1, -1:]])  # of the newest nothing is past
+    points = {
+        "stream/forgetting_weights": F.forgetting_weights(seen, rewound_T).item(),
+        "stream/forgetting_routing": F.forgetting_routing(seen, rewound_T).item(),
+    }
+    for part, values in F.decomposed_forgetting(seen, rewound_T)._asdict().items():
+        for j, value in enumerate(values.tolist()):
+            points[f"forgetting_{part}/experience_{numbered(j, len(record.names))}"] = value
+    return points
 
 
 def expert_points(record: Record, i: int) -> dict[str, float]:
@@ -115,9 +119,7 @@ def expert_points(record: Record, i: int) -> dict[str, float]:
         prefix = f"experts/layer_{numbered(layer)}"
         points[f"{prefix}/num_experts"] = float(sum(size for size, _, _ in members))
         points[f"{prefix}/num_frozen"] = float(sum(size for size, _, frozen in members if frozen))
-    for layer, load in seen_loads(record, i).items():
-        prefix = f"experts/layer_{numbered(layer)}"
-        points.update({f"{prefix}/{name}": value for name, value in load_points(load).items()})
+    points.update(record.points[i] if i < len(record.points) else load_metrics(record, i))
     if cohorts:
         points["growth/num_experts"] = float(sum(size for row in cohorts.values() for size, _, _ in row))
     if i in record.shocks:
@@ -144,23 +146,6 @@ def depth_points(record: Record, i: int) -> dict[str, float]:
 def all_points(record: Record, i: int) -> dict[str, float]:
     """Everything of point i: scores, experts, depth."""
     return stream_points(record, i) | expert_points(record, i) | depth_points(record, i)
-
-
-def load_points(load: ExpertLoad) -> dict[str, float]:
-    """The load metrics of one layer, by the last part of their keys; undefined ones are NaN."""
-    points = {name: formula(load.score).item() for name, formula in _OF_SCORE.items()}
-    points |= {name: formula(load.count).item() for name, formula in _OF_COUNT.items()}
-    points["drop_rate"] = F.drop_rate(load.kept, load.count.sum()).item()
-    return points
-
-
-def seen_loads(record: Record, i: int) -> dict[int, ExpertLoad]:
-    """Load of every expert layer on the data of experiences < i, measured with row i; {} at i = 0."""
-    if i == 0 or i >= len(record.loads):
-        return {}
-    return {
-        layer: reduce(ExpertLoad.merge, loads[:i]) for layer, loads in record.loads[i].items() if loads[:i]
-    }
 
 
 def objective(

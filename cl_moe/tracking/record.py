@@ -28,12 +28,22 @@ class Record:
         names: name of every experience, T of them.
         rows: row i of the matrix, (T,) float64, higher is better.
         loads: for each row, ``{block index: [load on experience 0's test data, ...]}``; empty for dense
-            models.
+            models, and for rows whose loads lie in a file of their own (``tracking.loads``): a checkpoint
+            holds those of the newest row only.
         depths: for each row, the same for blocks that only some tokens go through (Mixture-of-Depths), by
             block index: ``count`` real tokens, ``kept`` those that went through; empty without such blocks.
         cohorts: for each row, ``{block index: [(size, birth, frozen), ...]}``: experts per cohort, the number
             of experiences trained before its birth, and whether it had stopped learning.
         steps: optimizer steps taken before each row.
+        points: for each row, metrics of what is not kept: loads and choices (``tracking.diagnostics``).
+        shares: for each row, ``{block index: (C, T)}``, the share of each experience's routed weight that
+            goes to each cohort: the leak as a matrix.
+        rewound: ``{i: (i - 1,) scores of row i with the router of the end of each old experience}``, for rows
+            at which forgetting was decomposed.
+        anytime: evaluations inside experiences, where they were asked for: ``{index of the experience that
+            was being trained: (steps, scores)}``, (n,) int64 optimizer steps and (n, index + 1) float64
+            scores of the experiences so far on a subset of their test data.
+        cumulative: (T + 1, T) matrix of a cumulative run of the same stream, where one was named.
         shocks: ``{i: score just after minus just before growing}`` on the experiences seen, where it grew.
         ledger: growth and freeze events so far.
     """
@@ -45,6 +55,11 @@ class Record:
     cohorts: list[dict[int, list[tuple[int, int, bool]]]] = field(default_factory=list)
     depths: list[Loads] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    points: list[dict[str, float]] = field(default_factory=list)
+    shares: list[dict[int, Tensor]] = field(default_factory=list)
+    rewound: dict[int, Tensor] = field(default_factory=dict)
+    anytime: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    cumulative: Tensor | None = None
     shocks: dict[int, float] = field(default_factory=dict)
     ledger: list[dict[str, Any]] = field(default_factory=list)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from rich.table import Table
 from rich.text import Text
 
+from cl_moe.memory import readable
 from cl_moe.metrics.functional import forgetting_per_experience, up_to
 from cl_moe.tracking.names import expert_points, stream_points
 from cl_moe.tracking.record import Record
@@ -26,14 +28,18 @@ _COST = (
     ("seconds", "cost/seconds", "{:,.1f}"),
     ("tokens/s", "cost/tokens_per_second", "{:,.0f}"),
     ("parameters", "cost/params_total", "{:,.0f}"),
-    ("trainable", "cost/params_trainable", "{:,.0f}"),
     ("active", "cost/params_active", "{:,.0f}"),
-    ("train FLOPs", "cost/train_flops", "{:.2e}"),
-    ("memory MiB", "cost/peak_memory_bytes", "{:,.0f}"),
-    ("buffer MiB", "cost/buffer_bytes", "{:,.1f}"),
+    ("trainable", "cost/params_trainable", "{:,.0f}"),
+    ("training", "cost/train_flops", "FLOPs"),
+    ("evaluation", "cost/eval_flops", "FLOPs"),
+    ("a token", "cost/inference_flops_per_token", "FLOPs"),
+    ("peak memory", "cost/peak_memory_bytes", "bytes"),
+    ("weights", "cost/param_bytes", "bytes"),
+    ("optimizer", "cost/optimizer_bytes", "bytes"),
+    ("buffers", "cost/buffer_bytes", "bytes"),
 )
-_MIB = 2.0**20
 _WIDTH = 76
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 def boundary_line(record: Record, i: int) -> str:
@@ -113,11 +119,21 @@ def _expert_notes(record: Record) -> list[str]:
 
 
 def _cost_notes(costs: Mapping[str, float]) -> list[str]:
-    shown = []
-    for words, key, form in _COST:
-        if key in costs:
-            shown.append(f"{words} {form.format(costs[key] / (_MIB if 'MiB' in words else 1))}")
-    return _packed(shown)
+    return _packed([f"{words} {_amount(costs[key], form)}" for words, key, form in _COST if key in costs])
+
+
+def _amount(value: float, form: str) -> str:
+    """A number, operations or bytes in the unit that suits them.
+
+    >>> _amount(1234.5, "{:,.0f}"), _amount(2.5e12, "FLOPs"), _amount(12, "FLOPs"), _amount(2**20, "bytes")
+    ('1,234', '2.5 TFLOPs', '12 FLOPs', '1.0 MiB')
+    """
+    if form == "bytes":
+        return readable(int(value))
+    if form != "FLOPs":
+        return form.format(value)
+    power = min(max(int(math.log10(value)) // 3, 0), len(_PREFIXES) - 1) if value >= 1 else 0
+    return f"{value / 1000**power:,.{1 if power else 0}f} {_PREFIXES[power]}FLOPs"
 
 
 def _packed(parts: list[str], width: int = _WIDTH) -> list[str]:

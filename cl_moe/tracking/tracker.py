@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 from cl_moe import stopping
 from cl_moe.errors import InputError
 from cl_moe.files import write_atomically
-from cl_moe.tracking import store
+from cl_moe.tracking import store, sweeps
 from cl_moe.tracking.courier import (
     SLOW,
     Backoff,
@@ -26,9 +26,11 @@ from cl_moe.tracking.courier import (
     log_params,
 )
 from cl_moe.tracking.entries import START_TAG, Closing, Entry, File, Point, Tag, batches, tag_name
+from cl_moe.tracking.interface import NoTracker as NoTracker
 from cl_moe.tracking.interface import Status, Tracker
 from cl_moe.tracking.outbox import RUN_ID_FILE, START_FILE, Outbox, read_run_id, read_start
 from cl_moe.tracking.store import DEFAULT_URI, check_name, cut, must
+from cl_moe.tracking.system import SystemMetrics
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,50 +40,23 @@ _log = logging.getLogger(__name__)
 
 
 @final
-class NoTracker(Tracker):
-    """Keeps nothing."""
-
-    def start(self, folder: Path, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> str:
-        """An empty id."""
-        return ""
-
-    def add(self, points: Mapping[str, float], step: int) -> None:
-        """Nothing."""
-
-    def send(self) -> None:
-        """Nothing."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to go back to."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Nothing."""
-
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Nothing."""
-
-    def tag(self, key: str, value: str) -> None:
-        """Nothing."""
-
-    def finish(self, status: Status) -> None:
-        """Nothing."""
-
-
-@final
 class MLflowTracker(Tracker):
     """Writes one MLflow run.
 
     Args:
         uri: ``sqlite:///<file>`` (made if missing) or ``http(s)://<server>``.
         experiment: the MLflow experiment (made if missing).
+        system_metrics: have MLflow watch the machine, too.
 
     Raises:
-        InputError: another kind of URI.
+        InputError: another kind of URI, or psutil is missing where the machine shall be watched.
     """
 
-    def __init__(self, uri: str = DEFAULT_URI, experiment: str = "cl-moe") -> None:
+    def __init__(
+        self, uri: str = DEFAULT_URI, experiment: str = "cl-moe", system_metrics: bool = False
+    ) -> None:
         self.uri, self.experiment = store.absolute_uri(uri), experiment
+        self._system = SystemMetrics() if system_metrics else None
         self.run_id = ""
         self.backoff = Backoff()
         self._outbox: Outbox | None = None
@@ -91,7 +66,14 @@ class MLflowTracker(Tracker):
         self._unwritten: list[Entry] = []  # tags and files that a full disk did not take
         self._clock = 0
 
-    def start(self, folder: Path, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> str:
+    def start(
+        self,
+        folder: Path,
+        name: str,
+        params: Mapping[str, object],
+        tags: Mapping[str, str],
+        sweep: Path | None = None,
+    ) -> str:
         """Creates the run, or reopens the one of the folder; see ``Tracker.start``."""
         text, labels = described(params, tags)
         store.load_mlflow()
@@ -108,12 +90,14 @@ class MLflowTracker(Tracker):
         if not start.exists():  # else a process was killed here, perhaps when MLflow had its run already
             write_atomically(start, f"{secrets.token_hex(16)}\n".encode())
         labels[START_TAG] = read_start(folder)
-        self.run_id = must(self.uri, lambda: self._create(client, name, labels))
+        arm = str(params.get("arm", ""))
+        self.run_id = must(self.uri, lambda: self._create(client, name, labels, sweep, arm))
         self._outbox = Outbox(folder, self.run_id)
         write_atomically(folder / RUN_ID_FILE, f"{self.run_id}\n".encode())
         start.unlink()
+        labels.pop(sweeps.COLOUR, None)  # its sweep may have given it another
         must(self.uri, lambda: log_params(client, self.run_id, text, labels))
-        self._courier = Courier(self.uri, client, self._outbox, known=False)
+        self._goes_to(client, known=False)
         return self.run_id
 
     def add(self, points: Mapping[str, float], step: int) -> None:
@@ -166,6 +150,8 @@ class MLflowTracker(Tracker):
 
     def finish(self, status: Status) -> None:
         """Closes the run; what the store does not take stays in the outbox and is named in a warning."""
+        if self._system is not None:
+            self._system.stop()
         entries = [*self._unwritten, *self._noted, Closing(status, self._stamp())]
         try:
             self.outbox.append(entries, durable=True)
@@ -202,13 +188,17 @@ class MLflowTracker(Tracker):
             raise RuntimeError("the tracker was not started")
         return self._outbox
 
-    def _create(self, client: MlflowClient, name: str, tags: dict[str, str]) -> str:
+    def _create(
+        self, client: MlflowClient, name: str, tags: dict[str, str], sweep: Path | None, arm: str
+    ) -> str:
         """The run that a try before this one made, if it came so far; else a new one."""
         experiment = store.experiment_id(client, self.experiment)
         made = client.search_runs([experiment], f"tags.{START_TAG} = '{tags[START_TAG]}'", max_results=1)
         if made:
             return str(made[0].info.run_id)
-        return str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+        sweeps.offer_view(client, experiment)
+        with sweeps.place(client, experiment, sweep, tags, arm) as labels:
+            return str(client.create_run(experiment, run_name=name, tags=labels).info.run_id)
 
     def _reopen(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Marks the run as running, and sets what it lacks; each may be done twice."""
@@ -217,7 +207,13 @@ class MLflowTracker(Tracker):
         labels = {key: value for key, value in tags.items() if key in _RENEWED or key not in run.data.tags}
         rest = {key: value for key, value in params.items() if key not in run.data.params}
         log_params(client, self.run_id, rest, labels)
-        self._courier = Courier(self.uri, client, self.outbox, known=True)
+        sweeps.settle(client, self.run_id)
+        self._goes_to(client, known=True)
+
+    def _goes_to(self, client: MlflowClient, *, known: bool) -> None:
+        self._courier = Courier(self.uri, client, self.outbox, known=known)
+        if self._system is not None:
+            self._system.start(self.uri, self.run_id)
 
     def _put(self, entry: Entry) -> None:
         try:

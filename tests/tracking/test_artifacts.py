@@ -41,7 +41,7 @@ def record():
 
 def test_all_of_them(record, tmp_path):
     written = artifacts.write_artifacts(record, tmp_path / "new")
-    names = {"accuracy_matrix.csv", "ledger.json", "environment.txt", "expert_load.parquet"}
+    names = {"accuracy_matrix.csv", "ledger.json", "environment.txt", "expert_load.parquet", "leak.csv"}
     assert {path.name for path in written} == names == set(os.listdir(tmp_path / "new"))
     record.loads = [{}, {}, {}]
     assert {path.name for path in artifacts.write_artifacts(record, tmp_path / "dense")} == names

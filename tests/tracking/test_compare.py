@@ -18,6 +18,9 @@ from cl_moe.layers.routing import ExpertLoad
 from cl_moe.tracking import names, store
 from cl_moe.tracking.artifacts import LOADS, MATRIX, write_loads, write_matrix
 from cl_moe.tracking.compare import compare, main
+from cl_moe.tracking.compare.match import Match
+from cl_moe.tracking.compare.runs import read_run
+from cl_moe.tracking.compare.statistics import Inference
 from cl_moe.tracking.record import Record
 from cl_moe.tracking.tracker import MLflowTracker
 
@@ -112,19 +115,21 @@ def _average(matrices: Mapping[tuple[str, int], np.ndarray], arm: str) -> np.nda
 
 def test_two_arms(stored: Stored, tmp_path: Path) -> None:
     result = compare(stored.uri, "test", out=tmp_path / "out")
-    assert {file.name for file in result.files} == {
-        "summary.csv", "forgetting_curves.png", "accuracy_matrix.png", "expert_load.png",
-    }  # fmt: skip
+    figures = ("forgetting_curves", "accuracy_matrix", "expert_load", "pareto")
+    drawn = {f"{name}.{suffix}" for name in figures for suffix in ("png", "svg")}
+    assert {file.name for file in result.files} == {"summary.csv", "summary.tex", "report.html", *drawn}
     for file in result.files:
-        assert file.stat().st_size > (0 if file.suffix == ".csv" else 10_000)
+        assert file.stat().st_size > (0 if file.stem == "summary" else 10_000)
     rows = _rows(tmp_path / "out")
     ours, base = _average(stored.matrices, "replay"), _average(stored.matrices, "naive")
     key = "stream/average_accuracy"
     np.testing.assert_allclose(float(rows["replay"][f"{key}/mean"]), ours.mean(), rtol=1e-12)
     np.testing.assert_allclose(float(rows["replay"][f"{key}/std"]), ours.std(ddof=1), rtol=1e-12)
     expected = stats.ttest_rel(ours, base).confidence_interval(0.95)
-    got = [float(rows["replay"][f"difference/{part}"]) for part in ("mean", "low", "high", "pairs")]
+    got = [float(rows["replay"][f"difference/{part}"]) for part in ("mean", "t_low", "t_high", "pairs")]
     np.testing.assert_allclose(got, [(ours - base).mean(), expected.low, expected.high, 3], rtol=1e-9)
+    assert rows["replay"]["difference/low"] == rows["replay"]["difference/bootstrap_low"]
+    assert float(rows["replay"]["difference/p"]) == pytest.approx(0.25)  # three pairs, all better
     assert rows["replay"]["baseline"] == "naive"
     assert rows["naive"]["difference/mean"] == ""
     assert [rows["naive"][column] for column in ("runs", "seeds", "orders")] == ["3", "3", "1"]
@@ -134,16 +139,14 @@ def test_two_arms(stored: Stored, tmp_path: Path) -> None:
     assert "replay (1)" in notes
 
 
-def test_experts_are_averaged_over_layers(stored: Stored, tmp_path: Path) -> None:
-    result = compare(stored.uri, "test", out=tmp_path)
-    replay = next(row for row in result.comparisons[0].rows if row.arm == "replay")
+def test_experts_are_averaged_over_layers(stored: Stored) -> None:
     client = store.open_store(stored.uri)
     found = client.get_experiment_by_name("test")
-    runs = [run for run in client.search_runs([found.experiment_id]) if run.data.params["arm"] == "replay"][
-        :3
-    ]
-    values = [run.data.metrics[f"experts/layer_0{layer}/unevenness"] for run in runs for layer in (1, 3)]
-    np.testing.assert_allclose(replay.metrics["experts/unevenness"].mean, np.mean(values), rtol=1e-12)
+    for run in client.search_runs(
+        [found.experiment_id], "params.arm = 'replay' and attributes.status = 'FINISHED'"
+    ):
+        values = [run.data.metrics[f"experts/layer_0{layer}/unevenness"] for layer in (1, 3)]
+        np.testing.assert_allclose(read_run(run).metrics["experts/unevenness"], np.mean(values), rtol=1e-12)
 
 
 def test_streams_are_never_averaged(stored: Stored, tmp_path: Path) -> None:
@@ -174,6 +177,10 @@ def test_group_by_keys_metric_and_baseline(stored: Stored, tmp_path: Path) -> No
         ({"sweep": "nine"}, "--sweep"),
         ({"uri": "mlruns"}, "--uri"),
         ({"uri": "sqlite:////no/such/file.db"}, "--uri"),
+        ({"match": Match("cost/train_flop")}, "--match"),
+        ({"match": Match("stream/forgetting")}, "--match"),
+        ({"match": Match("cost/seconds", -0.1)}, "--tolerance"),
+        ({"how": Inference(resamples=1)}, "--resamples"),
     ],
 )
 def test_bad_input(options: dict[str, str], words: str, stored: Stored, tmp_path: Path) -> None:
@@ -194,8 +201,9 @@ def test_runs_without_artifacts_still_have_a_table(stored: Stored, tmp_path: Pat
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     _store_run(uri, tmp_path / "run", "naive", 0, _record(0, 0.1), artifacts=False, experiment="bare")
     result = compare(uri, "bare", out=tmp_path / "out")
-    assert [file.name for file in result.files] == ["summary.csv"]
-    assert MATRIX in result.notes[-1]
+    assert {file.name for file in result.files} >= {"summary.csv", "pareto.png", "report.html"}
+    assert not (tmp_path / "out" / "forgetting_curves.png").exists()
+    assert MATRIX in " ".join(result.notes)
 
 
 def test_command_prints_and_names_files(
@@ -209,6 +217,7 @@ def test_command_prints_and_names_files(
         assert expected in printed
     tables = printed.split("Written:")[0]
     assert max(len(line.rstrip()) for line in tables.splitlines()) <= 100
+    assert "one order of the experiences" in " ".join(printed.split()).lower()
 
 
 def test_command_fails_in_three_parts(

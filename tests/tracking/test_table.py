@@ -17,6 +17,7 @@ COSTS = {
     "cost/seconds": 1234.5,
     "cost/params_total": 123456789,
     "cost/buffer_bytes": 3 * 2**20,
+    "cost/train_flops": 2.5e12,
     "cost/other": 1,
 }
 
@@ -56,7 +57,8 @@ def test_a_row_per_experience():
         "layer_01: 2 experts, 1 frozen, 50.0% used, 0.693 nats uneven, 33.3% dropped",
         "seconds 1,234.5",
         "parameters 123,456,789",
-        "buffer MiB 3.0",
+        "training 2.5 TFLOPs",
+        "buffers 3.0 MiB",
     ):
         assert part in text, part
 

@@ -49,12 +49,19 @@ class Router(nn.Module, ABC):
         scores: how logits become scores, and the rate of loss-free balancing.
         causal: whether what happens to a token may not depend on later ones of its sequence; a causal
             language model refuses a router that says False.
+        cost_varies: whether what experts compute depends on the tokens, not on their number alone.
     """
 
     balance: float
     z_loss: float
     scores: Scores = Scores()
     causal: bool = True
+    cost_varies: bool = False
+
+    @property
+    def choices(self) -> float:
+        """Experts that compute a token, on average, where none is dropped."""
+        return 1.0
 
     @abstractmethod
     def forward(self, tokens: Tokens, candidates: Candidates) -> Routing:

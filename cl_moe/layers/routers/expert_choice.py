@@ -106,6 +106,11 @@ class ExpertChoice(Router):
             asked=taken_P,
         )
 
+    @property
+    def choices(self) -> float:
+        """The capacity factor."""
+        return float(self.capacity_factor)
+
     def init_keys(self, key_nD: Tensor) -> None:
         """U(+-1/sqrt(D)), like ``nn.Linear``."""
         uniform_keys(key_nD)

@@ -54,6 +54,8 @@ class GShard(Router):
         allow_noncausal: let a causal language model use it although its past then hears of its future.
     """
 
+    cost_varies = True  # what finds no slot is not computed
+
     def __init__(
         self,
         dim: int,
@@ -97,6 +99,11 @@ class GShard(Router):
         if self.second == "threshold":
             return second_T > self.threshold
         return torch.full_like(second_T, self.second != "none", dtype=torch.bool)
+
+    @property
+    def choices(self) -> float:
+        """Two."""
+        return 2.0
 
     def init_keys(self, key_nD: Tensor) -> None:
         """U(+-1/sqrt(D)), like ``nn.Linear``."""

@@ -45,6 +45,8 @@ class Switch(Router):
             balancing; None: as in the paper.
     """
 
+    cost_varies = True  # what finds no slot is not computed
+
     def __init__(
         self,
         dim: int,

@@ -67,6 +67,11 @@ class TopK(Router):
         losses = self.losses(logits_TC, choice_TK, tokens.valid, candidates.live)
         return token_choice(tokens, candidates, logits_TC, choice_TK, gate_TK, kept_TK, losses)
 
+    @property
+    def choices(self) -> float:
+        """k."""
+        return float(self.k)
+
     def init_keys(self, key_nD: Tensor) -> None:
         """U(+-1/sqrt(D)), like ``nn.Linear``."""
         uniform_keys(key_nD)

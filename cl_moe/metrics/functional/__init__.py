@@ -1,5 +1,16 @@
 """Pure formulas, torch only: plain tensors in, a 0-d float64 tensor out, NaN where undefined."""
 
+from cl_moe.metrics.functional.calibration import (
+    binned_calibration_error,
+    calibration_bins,
+    calibration_error,
+)
+from cl_moe.metrics.functional.decomposition import (
+    Forgotten,
+    decomposed_forgetting,
+    forgetting_routing,
+    forgetting_weights,
+)
 from cl_moe.metrics.functional.load import (
     dead_fraction,
     drop_rate,
@@ -10,6 +21,16 @@ from cl_moe.metrics.functional.load import (
     squared_cv,
     unevenness,
     usage,
+)
+from cl_moe.metrics.functional.plasticity import dormant_fraction, effective_rank
+from cl_moe.metrics.functional.routing import (
+    Choices,
+    cohort_shares,
+    expected_information,
+    leak,
+    router_saturation,
+    routing_drift,
+    task_information,
 )
 from cl_moe.metrics.functional.stream import (
     average_accuracy,
@@ -26,22 +47,38 @@ from cl_moe.metrics.functional.stream import (
 )
 
 __all__ = [
+    "Choices",
+    "Forgotten",
     "average_accuracy",
     "average_anytime_accuracy",
     "backward_transfer",
+    "binned_calibration_error",
+    "calibration_bins",
+    "calibration_error",
+    "cohort_shares",
     "dead_fraction",
+    "decomposed_forgetting",
+    "dormant_fraction",
     "drop_rate",
     "effective_experts",
+    "effective_rank",
+    "expected_information",
     "forgetting",
     "forgetting_per_experience",
+    "forgetting_routing",
+    "forgetting_weights",
     "forward_transfer",
     "gini",
     "intransigence",
+    "leak",
     "learning_accuracy",
     "max_violation",
     "min_accuracy",
     "normalized_entropy",
+    "router_saturation",
+    "routing_drift",
     "squared_cv",
+    "task_information",
     "unevenness",
     "up_to",
     "usage",

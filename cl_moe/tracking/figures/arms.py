@@ -46,6 +46,7 @@ def compare_curves(
     figure = style.new_figure(10, 3.6 + 1.7 * rows + 0.25 * _legend_rows(arms))
     grid = figure.add_gridspec(1 + rows, columns, height_ratios=[2.0, *[1] * rows])
     top = figure.add_subplot(grid[0, :])
+    faint = min(0.15, 1.2 / len(arms))  # bands of many arms would hide the lines
     for arm, stack in stacks.items():
         averages = np.stack([seen_average(R) for R in stack])
         _band(
@@ -53,6 +54,7 @@ def compare_curves(
             averages[:, 1:],
             1,
             *looks[arm],
+            alpha=faint,
             label=f"{arm} ({len(stack)} runs)" if len(stack) > 1 else arm,
         )
     style.plain(top, "Average over the experiences trained")
@@ -63,7 +65,7 @@ def compare_curves(
         axes = figure.add_subplot(grid[1 + place // columns, place % columns], sharey=shared)
         shared = shared or axes
         for arm, stack in stacks.items():
-            _band(axes, stack[:, :, j], 0, *looks[arm])
+            _band(axes, stack[:, :, j], 0, *looks[arm], alpha=faint)
         axes.axvline(j + 1, color=style.MUTED, lw=0.8, ls=":")
         style.plain(axes, f"{j + 1}: {style.shorten(names[j])}", 9)
         axes.tick_params(labelleft=place % columns == 0)
@@ -158,6 +160,7 @@ def _band(
     start: int | np.ndarray,
     colour: str,
     dash: str,
+    alpha: float = 0.15,
     label: str | None = None,
 ) -> None:
     """A line for the mean of several curves, and a band for their spread."""
@@ -168,7 +171,7 @@ def _band(
         spread_X = values_SX.std(axis=0, ddof=1)
         low_X = np.maximum(mean_X - spread_X, values_SX.min(axis=0))  # a share stays positive
         high_X = np.minimum(mean_X + spread_X, values_SX.max(axis=0))
-        axes.fill_between(x, low_X, high_X, color=colour, alpha=0.15, lw=0)
+        axes.fill_between(x, low_X, high_X, color=colour, alpha=alpha, lw=0)
 
 
 def _rank_curves(loads: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -203,8 +206,8 @@ def _legend(figure: Figure, axes: Axes, arms: Mapping[str, object]) -> None:
 
 
 def _legend_columns(arms: Mapping[str, object]) -> int:
-    longest = max(len(arm) for arm in arms) + 9
-    return max(1, min(len(arms), 110 // longest))
+    longest = max(len(arm) for arm in arms) + 17  # with the number of runs, and a sample of the line
+    return max(1, min(len(arms), 130 // longest))
 
 
 def _legend_rows(arms: Mapping[str, object]) -> int:

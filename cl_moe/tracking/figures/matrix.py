@@ -86,6 +86,9 @@ def forgetting_curves(record: Record) -> Figure:
     style.headline(figure, _headline(record), 6.5)
     style.plain(axes)
     shown = look.sign * record.matrix.numpy()
+    for i, (born, _) in events.items():
+        if born:
+            axes.axvline(i, color="#00664b", lw=1.2, alpha=0.35, zorder=0)
     _draw_curves(axes, shown, record.names)
     axes.set_xlabel("experiences trained", fontsize=9)
     axes.set_ylabel(look.label, fontsize=9)

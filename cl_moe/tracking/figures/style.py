@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
@@ -55,9 +55,12 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG whole or not at all; the same figure gives the same bytes."""
-    content = BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})
+    """Write a PNG, or an SVG if its name ends so, whole or not at all; the same figure, the same bytes."""
+    content, kind = BytesIO(), path.suffix.removeprefix(".") or "png"
+    # an SVG has random ids and the date in it, unless it is told not to
+    about = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+    with rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(content, format=kind, metadata=about)
     files.write_atomically(path, content.getbuffer())
     return path
 

@@ -1,0 +1,97 @@
+"""CPU time of one arm of the demo that logging, diagnostics and counting take.
+
+The same run four times: bare (no tracking, no diagnostics, nothing counted), with its operations counted, as
+it is by default, and with everything switched on. The matrix's evaluations are in all four; the overhead is
+what a run takes longer than the bare one, as a share of the bare one's time without those evaluations.
+Repetitions are interleaved, so that a change of the machine's speed meets all four; the overhead is the
+median of the repetitions' overheads.
+
+    python benchmarks/overhead.py [repetitions] [overrides ...]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+from rich.console import Console
+from rich.table import Table
+
+from cl_moe import launch
+from cl_moe.counting import charges
+from cl_moe.experiment import run_experiment
+from cl_moe.run import Run
+
+ARM = ("experiment=demo_lwf", "trainer.accelerator=cpu")
+BARE = ("tracking=none", "eval.decomposition=never", "eval.samples=0")
+ALL = ("eval.decomposition=always", "eval.samples=1000000", "trainer.log_every=1")
+LIMITS = {"counting operations": 0.02, "default": 0.10}
+
+
+@contextmanager
+def uncounted() -> Iterator[SimpleNamespace]:
+    """In place of ``CountFlops``."""
+    yield SimpleNamespace(total=0)
+
+
+def build(overrides: Sequence[str]) -> Run:
+    """A run as the command line would build it."""
+    with initialize_config_module("conf", version_base="1.3"):
+        config = compose("config", list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        with open_dict(config):
+            del config["hydra"]
+        return launch.build(config)
+
+
+def timed(folder: Path, overrides: Sequence[str], counts: bool) -> tuple[float, float]:
+    """CPU seconds of a whole run, and wall seconds of the matrix's evaluations."""
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        store = [f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"] if "tracking=none" not in overrides else []
+        run = build([*overrides, *store, f"output_dir={output}"])
+        start = time.process_time()
+        with nullcontext() if counts else mock.patch.object(charges, "CountFlops", uncounted):
+            run_experiment(run)
+        return time.process_time() - start, run.cost.points()["cost/eval_seconds"]
+
+
+def main(repetitions: int = 3, *overrides: str) -> None:
+    """Print the table; an overhead over its limit is red."""
+    contenders = {
+        "bare": ((*ARM, *BARE, *overrides), False),
+        "counting operations": ((*ARM, *BARE, *overrides), True),
+        "default": ((*ARM, *overrides), True),
+        "everything": ((*ARM, *ALL, *overrides), True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    shares: dict[str, list[float]] = {name: [] for name in contenders}
+    with tempfile.TemporaryDirectory() as folder:
+        for repetition in range(repetitions + 1):
+            seconds = {name: timed(Path(folder), *how) for name, how in contenders.items()}
+            bare, evaluating = seconds["bare"]
+            for name, (took, _) in seconds.items() if repetition else ():  # the first round warms up
+                times[name].append(took)
+                shares[name].append((took - bare) / (bare - evaluating))
+    table = Table(title=f"{ARM[0]}: CPU seconds of a run, {repetitions} repetitions")
+    for column in ("", "median", "min", "max", "overhead", "at most"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, took in times.items():
+        share, limit = statistics.median(shares[name]), LIMITS.get(name)
+        colour = "" if limit is None else "[red]" if share > limit else "[green]"
+        numbers = (f"{value:.2f}" for value in (statistics.median(took), min(took), max(took)))
+        table.add_row(name, *numbers, f"{colour}{share:+.1%}", "" if limit is None else f"{limit:.0%}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main(*(int(word) for word in sys.argv[1:2]), *sys.argv[2:])

@@ -1,0 +1,73 @@
+"""Scores of a batch, and their sum over batches that pass by once.
+
+Legend: B batch, S positions, C columns of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from cl_moe.stream import IGNORE
+
+
+def token_score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum (float64) and number of the scores of real tokens: minus the loss of each, in nats.
+
+    Args:
+        logits: (B, S, V).
+        targets: (B, S) int64, ``IGNORE`` on padding.
+    """
+    flat = targets.flatten()
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=IGNORE, reduction="none")
+    return -loss.double().sum(), (flat != IGNORE).sum()
+
+
+def right_answers(logits_BC: Tensor, column_B: Tensor) -> Tensor:
+    """(B,) bool: whether the largest logit is that of the target's column; -1: of none, so never."""
+    if logits_BC.shape[1] == 0:
+        return torch.zeros_like(column_B, dtype=torch.bool)
+    return logits_BC.argmax(dim=1) == column_B
+
+
+def confidences(logits_BC: Tensor) -> Tensor:
+    """(B,) float64: the probability that the softmax gives the answer."""
+    return logits_BC.detach().double().softmax(dim=1).amax(dim=1)
+
+
+class OnlineScore:
+    """Mean score of what is seen for the first time, before it is learnt from (prequential: Dawid 1984).
+
+    Sums stay where the model computes: nothing waits for a number.
+    """
+
+    def __init__(self) -> None:
+        self._total: Tensor | float = 0.0
+        self._count: Tensor | int = 0
+
+    def reset(self) -> None:
+        """An experience begins."""
+        self._total, self._count = 0.0, 0
+
+    def add(self, total: Tensor, count: Tensor | int) -> None:
+        """Take up a batch: sum and number of its scores."""
+        self._total = self._total + total.detach().double()
+        self._count = self._count + count
+
+    @property
+    def mean(self) -> float:
+        """Right answers as a share, or minus nats per token; NaN where nothing was seen."""
+        count = float(self._count)
+        return float(self._total) / count if count else float("nan")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain Python: both sums are whole in 64 bits."""
+        return {"total": float(self._total), "count": int(self._count)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
+        self._total, self._count = state["total"], state["count"]

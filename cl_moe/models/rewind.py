@@ -1,0 +1,102 @@
+"""The same model with its router as it was: for telling what weights forgot from what routing forgot.
+
+Legend: B batch, S positions, C columns of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cl_moe.layers.router_parts import router_names
+from cl_moe.models.base import ContinualModel, Head
+
+
+@dataclass(frozen=True)
+class RouterState:
+    """All that chooses, at one moment: router parameters and statistics, and how much there was to choose of.
+
+    Args:
+        values: by name as in ``state_dict``, on the CPU.
+        num_cohorts: of every expert layer; 0 for a model without experts.
+        num_head_cohorts: groups of classes that had head rows.
+    """
+
+    values: Mapping[str, Tensor]
+    num_cohorts: int
+    num_head_cohorts: int
+
+    @classmethod
+    def of(cls, model: ContinualModel, before: RouterState | None = None) -> RouterState:
+        """That of a model as it is now; what did not change since ``before`` is shared, not copied."""
+        live, known = model.state_dict(), {} if before is None else before.values
+        values = {}
+        for name in router_names(model):
+            value = live[name].detach().cpu()
+            same = name in known and torch.equal(known[name], value)
+            values[name] = known[name] if same else value.clone()
+        return cls(values, _num_cohorts(model), len(model.head.cohorts))
+
+    def is_of(self, model: ContinualModel) -> bool:
+        """Whether the model still chooses like this, of as many cohorts and classes."""
+        now = RouterState.of(model, self)
+        counts = (self.num_cohorts, self.num_head_cohorts)
+        return (now.num_cohorts, now.num_head_cohorts) == counts and all(
+            now.values[name] is value for name, value in self.values.items()
+        )
+
+    @torch.no_grad()
+    def logits(self, model: ContinualModel, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, C) or (B, S, C) of the model with this router, without what was born later (FORMULAS 2).
+
+        Experts, trunk and head rows are those of now; cohorts and head rows born since are left out, so C
+        counts the classes known then. The model itself is as before at any moment at which anything else
+        runs, also after an error: the old values stand in for the time of one forward pass.
+
+        Args:
+            model: the one that this was taken of, grown or not.
+            inputs: one batch, as the model's ``forward`` takes it.
+            mask: language only: (B, S) bool, False on padding.
+        """
+        device = next(model.parameters()).device
+        values = {name: value.to(device) for name, value in self.values.items()}
+        # None where nothing was born: the very computation of an evaluation, to its bits.
+        cohorts = None if self.num_cohorts == _num_cohorts(model) else range(self.num_cohorts)
+        options = {"mask": mask, "cohorts": cohorts}
+        with _first_rows(model.head, self.num_head_cohorts):
+            logits, _ = functional_call(model, values, (inputs,), options, strict=False)
+        return logits
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain Python only; tensors that states share are written once into one file."""
+        return {**vars(self), "values": dict(self.values)}
+
+
+@contextmanager
+def _first_rows(head: Head, num_cohorts: int) -> Iterator[None]:
+    """A head without its younger rows: the same product as then, to its bits."""
+    cohorts, classes = head.cohorts, head.classes
+    if num_cohorts == len(cohorts):
+        yield
+        return
+    old: list[nn.Linear] = list(cohorts)[:num_cohorts]  # type: ignore[assignment]
+    try:
+        head.cohorts = nn.ModuleList(old)
+        head.classes = classes[: sum(rows.out_features for rows in old)]
+        yield
+    finally:
+        head.cohorts, head.classes = cohorts, classes
+
+
+def _num_cohorts(model: ContinualModel) -> int:
+    """Cohorts of the expert layers, which grow together."""
+    counts = {len(layer.cohorts) for layer in model.expert_layers.values()}
+    if len(counts) > 1:
+        raise ValueError(f"expert layers with different numbers of cohorts: {sorted(counts)}")
+    return counts.pop() if counts else 0

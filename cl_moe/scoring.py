@@ -1,0 +1,102 @@
+"""What a learner is asked, and what counts as right: losses, scores, and which columns compete.
+
+Legend: B batch, S positions, C columns of logits (classes known so far), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from cl_moe.metrics.answers import confidences, right_answers, token_score
+from cl_moe.stream import IGNORE, Stream
+
+
+class Scoring:
+    """Losses and scores of one stream's kind and scenario (law 7).
+
+    Args:
+        stream: for its kind, scenario and classes; its data is never touched here.
+
+    Attributes:
+        group_of_class: (classes,) int64, the task of each class, where the scenario gives it away; else None.
+        column_of_class: (classes,) int64, -1 for a class that has no column yet.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self.kind = stream.kind
+        self.group_of_class = stream.group_of_class() if stream.scenario == "task" else None
+        self.column_of_class = torch.full((stream.num_classes,), -1)
+        self._classes: list[int] = []
+        self._in_order = False  # whether a class is its own column, which spares a look-up in every step
+
+    def place(self, classes: Sequence[int], device: torch.device) -> None:
+        """Note which column of the logits each class has, and put it where the model computes.
+
+        Args:
+            classes: of the head, in the order of its columns.
+            device: of the logits to come.
+        """
+        self._classes = list(classes)
+        self.column_of_class = torch.full_like(self.column_of_class, -1, device=device)
+        self._in_order = self._classes == list(range(len(classes)))
+        if self.kind == "classification" and classes:
+            self.column_of_class[self._classes] = torch.arange(len(classes), device=device)
+        if self.group_of_class is not None:
+            self.group_of_class = self.group_of_class.to(device)
+
+    def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy, nats per example or per token; padding left out."""
+        if self.kind == "language":
+            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+        columns = targets if self._in_order else self.column_of_class[targets]
+        return F.cross_entropy(self.own_task(logits, targets).float(), columns)
+
+    def own_task(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits with other tasks' columns at -inf where the scenario gives the task away; else unchanged."""
+        if self.group_of_class is None:
+            return logits
+        task_C = self.group_of_class[self._classes]
+        return logits.masked_fill(task_C != self.group_of_class[targets].unsqueeze(1), -math.inf)
+
+    def score(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum and number of scores: right answers, or minus the loss of each real token in nats.
+
+        A class without a column yet (its rows are not born) is never answered right.
+        """
+        if self.kind == "language":
+            return token_score(logits, targets)
+        missing = len(self._classes) - logits.shape[1]  # classes that came later than a router of the past
+        logits = F.pad(logits, (0, missing), value=-math.inf) if missing else logits
+        right_B = right_answers(self.own_task(logits, targets), self.column_of_class[targets])
+        return right_B.double().sum(), torch.tensor(len(targets))
+
+    def of_new(
+        self, logits: Tensor, targets: Tensor, num_new: int, task_loss: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sum and number of scores of the first ``num_new`` rows of a training batch, from what it computed.
+
+        Args:
+            logits: of the whole batch.
+            targets: of the whole batch; behind the new rows stand those that a strategy added.
+            num_new: rows of the stream.
+            task_loss: () of the whole batch.
+        """
+        if self.kind == "language" and num_new == len(targets):
+            count = (targets != IGNORE).sum()
+            return -task_loss.detach().double() * count, count
+        return self.score(logits[:num_new], targets[:num_new])
+
+    def calibration(self, logits_BC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(B,) probabilities of the answers and (B,) bool whether they are right; None for language.
+
+        Also None before any class is known. The probability is over the classes that compete.
+        """
+        if self.kind == "language" or logits_BC.shape[1] == 0:
+            return None
+        own_BC = self.own_task(logits_BC, targets_B)
+        return confidences(own_BC), right_answers(own_BC, self.column_of_class[targets_B])

@@ -1,0 +1,123 @@
+"""What a run was made with, so that it can be made again: machine, versions, code, data."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import zlib
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import cl_moe
+from cl_moe.files import write_atomically
+
+ENVIRONMENT, DIFF, DATA = "environment.txt", "git.diff", "data.json"
+_MOST_BYTES = 1_000_000  # of a diff
+_SECONDS = 10.0  # that git may take
+
+
+def write_environment(path: Path) -> Path:
+    """``environment`` as a file, whole or not at all."""
+    write_atomically(path, environment().encode())
+    return path
+
+
+def environment() -> str:
+    """Python, platform, processor, threads, commit and the versions of everything installed, line by line.
+
+    Neither the user's name nor a path.
+    """
+    packages = {
+        distribution.metadata["Name"]: distribution.version
+        for distribution in metadata.distributions()
+        if distribution.metadata["Name"]
+    }
+    commit, dirty = checkout()
+    lines = [
+        f"python {platform.python_version()} ({platform.python_implementation()})",
+        f"platform {platform.system()} {platform.release()} {platform.machine()}",
+        f"processor {_processor()}",
+        f"cores {os.cpu_count()}",
+        f"threads {torch.get_num_threads()}",
+        *(f"gpu {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())),
+        f"commit {commit}{' (changed)' if dirty == 'true' else ''}",
+        *(f"{name}=={packages[name]}" for name in sorted(packages, key=str.lower)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def checkout() -> tuple[str, str]:
+    """Commit of the program's checkout and whether it was changed since; ``unknown`` outside one."""
+    try:
+        if Path(_git("rev-parse", "--show-toplevel").decode().strip()).resolve() != _home():
+            return "unknown", "unknown"
+        return _git("rev-parse", "HEAD").decode().strip(), str(bool(_git("status", "--porcelain"))).lower()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown", "unknown"
+
+
+def diff() -> bytes:
+    """How the tracked files of the program's checkout differ from its commit; empty outside a checkout.
+
+    Nothing outside the checkout is read, and no file that git does not track. At most a megabyte: a longer
+    one is cut behind a line, and says so.
+    """
+    if checkout()[1] != "true":
+        return b""
+    try:
+        # not as the user has git set up: no colours, no programs of theirs
+        text = _git("-c", "core.pager=cat", "diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return b""
+    if len(text) <= _MOST_BYTES:
+        return text
+    return text[: text.rfind(b"\n", 0, _MOST_BYTES) + 1] + f"[cut: {len(text)} bytes]\n".encode()
+
+
+def write_data(checksums: Sequence[object], path: Path) -> Path:
+    """CRC-32 of every tensor of a stream, by experience, so that two runs can tell whether they had the same.
+
+    Args:
+        checksums: as in a run's fingerprint: the stream's name, then for each experience its name and the
+            checksums of its parts.
+        path: of the file.
+    """
+    name, *experiences = checksums
+    text = json.dumps({"stream": name, "experiences": experiences}, indent=1)
+    write_atomically(path, f"{text}\n".encode())
+    return path
+
+
+def data_checksum(checksums: object) -> str:
+    """The same in one word, a tag: runs of one order and data seed that differ in it are never averaged.
+
+    >>> data_checksum(["digits", ["zeros", 1, 2]]) == data_checksum(["digits", ["zeros", 1, 3]])
+    False
+    """
+    return f"{zlib.crc32(json.dumps(checksums).encode()):08x}"
+
+
+def _git(*words: str) -> bytes:
+    done = subprocess.run(
+        ["git", "-C", str(_home()), *words], capture_output=True, check=True, timeout=_SECONDS
+    )
+    return done.stdout
+
+
+def _home() -> Path:
+    return Path(cl_moe.__file__).resolve().parents[1]
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or "unknown"
