@@ -66,7 +66,7 @@ class KeyCohort(nn.Module):
         heads = keys_SrH.shape[0]
         query_hTH = query_QSH[:, side].reshape(-1, heads, query_QSH.shape[-1]).transpose(0, 1)
         score_hTr = torch.bmm(query_hTH, keys_SrH[:, side].transpose(1, 2))
-        return score_hTr.transpose(0, 1).reshape(query_QSH.shape[0], -1)
+        return score_hTr.transpose(0, 1).reshape(query_QSH.shape[0], keys_SrH.shape[2])
 
     @torch.no_grad()
     def copy_most_used(self, grid: Sequence[KeyCohort], among: range, load_N: Tensor, noise: float) -> None:

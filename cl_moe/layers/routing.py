@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_moe.errors import InputError
+from cl_moe.layers.checks import number, whole
 from cl_moe.layers.tokens import Tokens as Tokens
 from cl_moe.layers.tokens import check_finite, check_fits
 from cl_moe.layers.tokens import flat_tokens as flat_tokens
@@ -111,6 +112,10 @@ class ExpertLayer(nn.Module, ABC):
     A cohort is the unit of growth and of freezing: its weights and its router keys are whole parameters of
     one module in ``cohorts``, appended and never reordered, so ids and state names are for life (law 2).
     What the router shares between cohorts (a query net, say) is listed by ``shared_router``.
+
+    ``torch.compile`` takes a layer whole, and anew after a growth, a freeze, or for another size of input;
+    after ``torch._dynamo.config.recompile_limit`` (8) times torch goes on uncompiled. Functional calls work;
+    ``torch.func`` transforms of them and second derivatives of experts are not implemented.
     """
 
     dim: int
@@ -171,6 +176,7 @@ class ExpertLayer(nn.Module, ABC):
         momentum. A module with running statistics offers ``freeze_statistics`` and is told.
         """
         chosen = range(len(self.cohorts)) if cohorts is None else cohorts
+        _check_list(chosen)
         stopped: list[nn.Module] = [self.cohorts[self.check_cohort(index)] for index in chosen]
         for module in [*stopped, *(self.shared_router if shared else ())]:
             for part in module.modules():
@@ -195,6 +201,7 @@ class ExpertLayer(nn.Module, ABC):
         """The cohorts asked for, oldest first; None for all."""
         if cohorts is None:
             return list(range(len(self.cohorts)))
+        _check_list(cohorts)
         chosen = sorted(self.check_cohort(index) for index in cohorts)
         if not chosen or len(set(chosen)) < len(chosen):
             raise InputError(got=f"cohorts={list(cohorts)}", allowed="at least one, each once", key="cohorts")
@@ -205,18 +212,20 @@ class ExpertLayer(nn.Module, ABC):
         for size in sizes:
             self.check_growth(size, init)
 
-    def check_growth(self, num_experts: int, init: str, load: Tensor | None = None) -> None:
+    def check_growth(
+        self, num_experts: int, init: str, load: Tensor | None = None, noise: float = 0.0
+    ) -> None:
         """Refuse a growth that this layer could not do; asked before training, and again by ``grow``."""
-        if num_experts < 1:
-            raise InputError(
-                got=f"growth by {num_experts} experts", allowed="at least 1", key="growth.num_experts"
-            )
+        whole("growth by num_experts", num_experts, least=1, key="growth.num_experts")
+        number("noise", noise, key="growth.noise")
         if init not in GROWTH_INITS:
             raise InputError(got=f"init={init}", allowed=" or ".join(GROWTH_INITS), key="growth.init")
         if load is not None and load.shape != (self.num_experts,):
             raise InputError(
                 got=f"load of shape {tuple(load.shape)}", allowed=f"shape ({self.num_experts},)", key="load"
             )
+        if load is not None and not (load >= 0).all():
+            raise InputError(got="a load with NaN or below 0", allowed="sums of weights, >= 0", key="load")
 
     def check_hidden(self, hidden: int, init: str) -> None:
         """Refuse newborns of a hidden width of their own; overridden where experts have one.
@@ -232,11 +241,13 @@ class ExpertLayer(nn.Module, ABC):
         )
 
     def check_input(self, x: Tensor, mask: Tensor | None) -> None:
-        """Refuse what would otherwise fail far from its cause; a layer that routes also refuses NaN."""
-        parameter = next(self.parameters(), None)
-        check_fits(x, mask, self.dim, x.device if parameter is None else parameter.device)
-        if len(self.cohorts) > 0:
-            check_finite(x, mask, type(self).__name__)
+        """Refuse what would otherwise fail far from its cause, NaN and infinite tokens included."""
+        check_fits(x, mask, self.dim, next(self.parameters(), x))
+        check_finite(x, mask, type(self).__name__)
+
+    def check_length(self, length: int) -> None:
+        """Refuse sequences of so many tokens if the layer could never compute any; by default all fit."""
+        return None
 
     @property
     def causal(self) -> bool:
@@ -259,6 +270,13 @@ class ExpertLayer(nn.Module, ABC):
                 ``fold_load(routing).count``, added up.
         """
         return None
+
+
+def _check_list(cohorts: object) -> None:
+    if isinstance(cohorts, int):
+        raise InputError(
+            got=f"cohorts={cohorts}", allowed="a list of cohorts, such as [0], or None for all", key="cohorts"
+        )
 
 
 def most_used(load_N: Tensor | None, num_experts: int, device: torch.device) -> Tensor:
