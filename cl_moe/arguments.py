@@ -33,12 +33,13 @@ SWEEP = "multirun.yaml"
 """In a sweep's folder: Hydra's own record of its command."""
 BESIDE_RESUME = ("resume", "auto_resume", "checkpoint", "tracking.uri", "tracking.system_metrics")
 """Keys that say how and where a run is kept, not what it is: they may change when it goes on."""
-_NEVER_INHERITED = ("resume", "auto_resume", "output_dir", "hydra", "branch", "reproduce")
+_OWN = ("resume", "auto_resume", "output_dir", "hydra", "branch", "reproduce")
+_NEVER_INHERITED = (*_OWN, "upcycle", "upcycle_noise")
 CUMULATIVE = "eval.cumulative"
 """Names a run that this one is compared with."""
 _STUDENT = {"layer": "dense", "growth": "never", "freeze": "never", "strategy": "distill_from"}
 """What a student has instead of its teacher's, unless it is given."""
-_SAME_ARM = (*_NEVER_INHERITED, "checkpoint", "eval", "tracking", "seed", "mlflow_experiment")
+_SAME_ARM = (*_OWN, "checkpoint", "eval", "tracking", "seed", "mlflow_experiment")
 
 
 def rewritten(arguments: list[str]) -> list[str]:

@@ -19,6 +19,8 @@ from cl_moe.tracking.tracker import RUN_ID_FILE
 
 # In the order in which a difference is named: a model holds its layer, a layer its router.
 SHARED = ("seed.order", "stream", "router", "layer", "model")
+REPLACED = ("router.", "layer.", "model.layer.")
+"""What is the child's own where its experts start as copies; ``Upcycled`` refuses what cannot be copied."""
 
 
 def parent_of(config: DictConfig, folder: Path) -> Branch | None:
@@ -122,12 +124,17 @@ def _check_shared(config: DictConfig, parent: dict[Any, Any]) -> None:
     for place in SHARED:
         keys = sorted(key for key in {*mine, *theirs} if key == place or key.startswith(f"{place}."))
         for key in keys:
-            if mine.get(key) == theirs.get(key):
+            if mine.get(key) == theirs.get(key) or (config.upcycle and key.startswith(REPLACED)):
                 continue
             if written.get(key) == "${seed.data}":
                 continue  # it may draw nothing of this stream; if it does, the checkpoint is of other data
+            allowed = "the parent's stream, model, layer, router and seed.order"
+            if key.startswith(REPLACED) and str(theirs.get("layer._target_")).endswith(".DenseFFN"):
+                allowed += (
+                    "; or upcycle=true for layer=moe, whose experts start as copies of the dense layers"
+                )
             raise InputError(
                 got=f"{key}={mine.get(key)!r} in a branch of a run with {theirs.get(key)!r}",
-                allowed="the parent's stream, model, layer, router and seed.order",
+                allowed=allowed,
                 key=key,
             )

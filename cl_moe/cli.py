@@ -18,7 +18,9 @@ from typing import NoReturn
 import hydra
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -27,6 +29,7 @@ from cl_moe import failures
 from cl_moe.arguments import rewritten
 from cl_moe.errors import InputError, RunFailedError, StopRequestedError
 from cl_moe.stopping import behind, listening
+from cl_moe.words import is_sweep, split_flags
 
 STOPPED_AT_THE_START = "stopped on request while starting; the same command starts again"
 INPUT_WRONG, FAILED, INTERRUPTED, STOPPED = 2, 1, 130, 75
@@ -89,7 +92,9 @@ def _run(arguments: list[str], show_traceback: bool) -> int:
     error: BaseException
     try:
         _guard_shadowing()
-        sys.argv = [sys.argv[0], *rewritten(arguments)]
+        words = rewritten(arguments)
+        _refuse_empty_sweeps(words)
+        sys.argv = [sys.argv[0], *words]
         _task()
         return 0
     except _JobFailed as failed:
@@ -171,6 +176,31 @@ def _argument(key: str, arguments: Sequence[str]) -> str:
 
 def _options(group: str) -> list[str]:
     return sorted(path.stem for path in (Path(__file__).resolve().parents[1] / "conf" / group).glob("*.yaml"))
+
+
+def _refuse_empty_sweeps(words: list[str]) -> None:
+    """A pattern of options that matches none of them would be a sweep of no runs, which ends in silence."""
+    flags, overrides = split_flags(words)
+    if not is_sweep(words) or any(word.startswith("hydra.searchpath") for word in overrides):
+        return
+    for word in overrides:
+        with suppress(HydraException):  # which Hydra will tell better
+            override = OverridesParser.create().parse_override(word)
+            pattern, group = override.value(), override.key_or_group
+            if not isinstance(pattern, Glob):
+                continue
+            names = sorted({*_options(group), *_own_options(flags, group)})
+            if not pattern.filter(names):
+                allowed = f"a pattern of {', '.join(names)}" if names else "the name of a group of options"
+                raise InputError(got=f"{word}, which matches nothing", allowed=allowed, key=group)
+
+
+def _own_options(flags: Sequence[str], group: str) -> list[str]:
+    """Options of a group in the folder given as ``--config-dir``."""
+    pairs = zip(flags, [*flags[1:], ""], strict=True)
+    folders = [word for flag, word in pairs if flag in ("--config-dir", "-cd")]
+    folders += [flag.partition("=")[2] for flag in flags if flag.startswith("--config-dir=")]
+    return [path.stem for folder in folders for path in (Path(folder) / group).glob("*.yaml")]
 
 
 def _leave_nothing_but_results(hydra_config: HydraConf) -> None:

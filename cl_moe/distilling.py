@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -48,38 +50,42 @@ def attach(teacher: Branch | None, stream: Stream, model: nn.Module, strategies:
         )
     if teacher is None:
         return
-    built = load_model(teacher, stream)
+    built, _ = load_model(teacher, stream)
     inherit(model, built.state_dict())
     for student in students:
         student.learn_from(built)
 
 
-def load_model(point: Branch, stream: Stream) -> ContinualModel:
-    """The model of a run as it stood at a boundary.
+def load_model(
+    point: Branch, stream: Stream, key: str = "distill"
+) -> tuple[ContinualModel, list[dict[str, Any]]]:
+    """The model of a run as it stood at a boundary, and its ledger.
 
     Args:
         point: the run's folder, and the boundary.
         stream: that it is to be used on; the run must have learnt the same.
+        key: the argument that named the run.
 
     Raises:
         InputError: it has not, or the checkpoint or the stored configuration is not good.
     """
-    config = OmegaConf.create(read_config(point.folder, "distill"))
+    config = OmegaConf.create(read_config(point.folder, key))
     check_targets(config)
 
     def refuse(state: checkpoint.State) -> str | None:
         learnt = state.get("fingerprint", {}).get("stream", ["?"])[0]
         return None if learnt == stream.name else f"is of the stream {learnt}, not {stream.name}"
 
-    state = checkpoint.at(point, refuse, "distill")["learner"]
+    state = checkpoint.at(point, refuse, key)["learner"]
     try:
-        return rebuilt(config, state["ledger"], state["model"], stream.input_shape, stream.num_classes)
+        model = rebuilt(config, state["ledger"], state["model"], stream.input_shape, stream.num_classes)
     except RuntimeError as error:
         raise InputError(
-            got=f"a teacher whose weights do not fit its model on this stream: {point.folder}",
-            allowed="inputs and classes as the teacher had them",
-            key="stream (or distill)",
+            got=f"a run whose weights do not fit its model on this stream: {point.folder}",
+            allowed="inputs and classes as that run had them",
+            key=f"stream (or {key})",
         ) from error
+    return model, state["ledger"]
 
 
 def tags(teacher: Branch, config: DictConfig) -> dict[str, str]:

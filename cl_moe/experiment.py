@@ -31,13 +31,14 @@ def run_experiment(run: Run) -> float:
 
 
 def grow_and_freeze(run: Run, experience: Experience) -> None:
-    """Adapt the model to what comes, as schedule and policy decide, and measure the shock of growing."""
+    """Adapt the model to what comes, as schedule and policy decide; measure the shock (of upcycling, too)."""
     census = run.census(experience)
     with run.learner.charges.counting():
         events = adapt(run.learner.model, census, run.growth, run.freeze, experience.classes, run.seed_init)
     run.learner.ledger.extend(events)
     seen = run.stream[: experience.index]
-    if seen and any(event["act"] == "grow" for event in events):
+    now = [event["act"] for event in run.learner.ledger if event["experience"] == experience.index]
+    if seen and {"grow", "upcycle"}.intersection(now):
         run.record_shock(evaluate(run.trainer, run.learner, seen, run.spec.eval_batch_size))
 
 

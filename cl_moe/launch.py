@@ -7,22 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from cl_moe import branching, distilling, failures, reproducing, stopping, stored
+from cl_moe import branching, checkpoint, distilling, failures, reproducing, stopping, stored
 from cl_moe.checkpoint import Branch
 from cl_moe.errors import StopRequestedError
 from cl_moe.experiment import run_experiment
 from cl_moe.learner import Learner
+from cl_moe.models import ContinualModel
 from cl_moe.run import Run
 from cl_moe.schema import GROUPS, check_config, leaves, plain
 from cl_moe.seeds import seeded
+from cl_moe.stream import Stream
 from cl_moe.targets import check_targets
 from cl_moe.tracking.names import DEFINITIONS
 from cl_moe.tracking.provenance import checkout, data_checksum
+from cl_moe.upcycling import Upcycled
+from cl_moe.words import key_of
 
 # What never makes another arm: where and when it ran, which seeds, and the groups that are named anyway.
 NOT_ARM = tuple(f"{group}=" for group in ("stream", "layer", "router", "growth", "freeze", "strategy"))
@@ -88,6 +94,7 @@ def build(config: DictConfig, original: reproducing.Original | None = None) -> R
         seed=config.seed.data,
         log_every=spec.log_every * spec.accumulate,
     )
+    upcycled = upcycled_from(branch, config, stream, model) if config.upcycle else None
     labels = tags(config, stream.scenario, folder)
     arm = arm_of(config, labels, branch)
     run = Run(
@@ -104,6 +111,7 @@ def build(config: DictConfig, original: reproducing.Original | None = None) -> R
         checkpoints=instantiate(config.checkpoint),
         measuring=instantiate(config.eval),
         branch=branch,
+        upcycled=upcycled,
         go_on=_sweep(),
         name=f"{arm} {labels['seed.init']}.{labels['seed.order']}.{labels['seed.data']}",
         params={**flatten(config), "arm": arm},
@@ -116,6 +124,20 @@ def build(config: DictConfig, original: reproducing.Original | None = None) -> R
     run.measuring.matrix = branching.cumulative_matrix(config, run.fingerprint["stream"])
     stored.store_config(config, folder)  # last: what was refused leaves nothing behind
     return run
+
+
+def upcycled_from(
+    branch: Branch | None, config: DictConfig, stream: Stream, model: ContinualModel
+) -> Upcycled | None:
+    """What a mixture takes over from its dense parent; None for a child that goes on from its own checkpoint.
+
+    Raises:
+        InputError: it cannot take it over.
+    """
+    if branch is None or checkpoint.boundaries(stored.folder_of(config)):
+        return None
+    dense, ledger = distilling.load_model(branch, stream, "branch")
+    return Upcycled.of(model, dense, ledger, branch.boundary, config.upcycle_noise, config.seed.init)
 
 
 def tags(config: DictConfig, scenario: str, folder: Path) -> dict[str, str]:
@@ -144,7 +166,7 @@ def tags(config: DictConfig, scenario: str, folder: Path) -> dict[str, str]:
 def arm_of(config: DictConfig, labels: Mapping[str, str], branch: Branch | None) -> str:
     """The arm's name: the one given, or one made of the configuration; a branch ends with its boundaries."""
     overrides = list(HydraConfig.get().overrides.task)
-    made = arm_name(labels, overrides)
+    made = arm_name(labels, _without_defaults(config, overrides))
     if branch is None:
         return config.arm or made
     # A name from a file is the parent's too, so what tells the children apart stands beside it.
@@ -165,6 +187,34 @@ def arm_name(labels: Mapping[str, str], overrides: list[str]) -> str:
     ignored = NOT_ARM if labels["layer"] == "moe" else (*NOT_ARM, "router.")
     others = sorted(o for o in overrides if not o.lstrip("+~").startswith(ignored))
     return " ".join([layer, *chosen, labels["strategy"], *others])
+
+
+def _without_defaults(config: DictConfig, overrides: list[str]) -> list[str]:
+    """The overrides that change something: one that repeats a default makes no other arm.
+
+    Asked of what Hydra composes without them; where it is not at hand (in another launcher's process, say)
+    all of them count.
+    """
+    others = [word for word in overrides if not word.lstrip("+~").startswith(NOT_ARM)]
+    if not others or not GlobalHydra.instance().is_initialized():
+        return overrides
+    chosen, name = HydraConfig.get().runtime.choices, HydraConfig.get().job.config_name
+    groups = [word for word in others if key_of(word) in chosen]
+    rest = [word for word in overrides if word not in others]
+    base = compose(name, rest, return_hydra_config=True)
+    picked = [word for word in groups if chosen[key_of(word)] != base.hydra.runtime.choices.get(key_of(word))]
+    if picked:  # the values below them are other defaults
+        base = compose(name, [*rest, *groups])
+    same = [word for word in groups if word not in picked]
+    same += [word for word in others if word not in groups and _value(base, word) == _value(config, word)]
+    return [word for word in overrides if word not in same]
+
+
+def _value(config: DictConfig, word: str) -> object:
+    """What stands at an override's key, as it is written; a new object where nothing stands."""
+    missing = object()
+    found = OmegaConf.select(config, key_of(word), default=missing)
+    return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
 
 
 def flatten(config: DictConfig) -> dict[str, object]:

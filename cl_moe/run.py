@@ -31,6 +31,7 @@ from cl_moe.tracking.loads import copy_rows, keep_row
 from cl_moe.tracking.record import Record
 from cl_moe.tracking.tracker import Tracker
 from cl_moe.trainer import TrainerSpec
+from cl_moe.upcycling import Upcycled
 from cl_moe.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Run:
         checkpoints: when to save inside an experience, and what is kept.
         measuring: what is measured beside the accuracy matrix.
         branch: the parent's boundary that this run starts from, instead of from nothing.
+        upcycled: what this run's mixture takes over from that parent, if it was a dense model.
         go_on: what ``resume=`` is to name after a stop, a sweep's folder say; None: the run's own.
         name: shown in MLflow.
         params: flattened configuration, and the arm.
@@ -73,6 +75,7 @@ class Run:
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     measuring: Measuring = field(default_factory=Measuring)
     branch: Branch | None = None
+    upcycled: Upcycled | None = None
     go_on: Path | None = None
     name: str = "run"
     params: Mapping[str, object] = field(default_factory=dict)
@@ -255,6 +258,8 @@ class Run:
         """Why a state is not this run's, if it is not."""
         theirs = state.get("fingerprint", {})
         for part, what in (("stream", "another stream, or of other data"), ("model", "another model")):
+            if part == "model" and self.upcycled is not None:
+                continue  # the parent's is a dense one
             if theirs.get(part) != self.fingerprint[part]:
                 return f"is of {what}"
         return None
@@ -263,6 +268,8 @@ class Run:
         """Take over a parent's boundary; a strategy new here is shown the past, as if it had been there."""
         state = checkpoint.at(branch, self._refuse)
         preflight.check_something_left(self.training_stream, branch.boundary)
+        if self.upcycled is not None:
+            state = self.upcycled.take_over(state)
         self._load(state)
         copy_rows(branch.folder, self.folder, branch.boundary)
         for name, strategy in self.learner.strategies.items():
@@ -276,6 +283,9 @@ class Run:
         self.tracker.add(self.cost.points(), self.trainer.global_step)
         self._save(Moment(branch.boundary))
         self._say_where("branched off")
+        if self.upcycled is not None and not self.upcycled.exact:
+            self.progress.say("what the model computes changes as it becomes sparse: see growth/shock")
+        self.upcycled = None  # it holds a model's weights
 
     def _say_where(self, verb: str) -> None:
         assert self.saved is not None

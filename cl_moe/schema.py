@@ -24,6 +24,8 @@ TOP = {
     "branch",
     "distill",
     "reproduce",
+    "upcycle",
+    "upcycle_noise",
     "seed",
     "strategy",
 }
@@ -53,6 +55,7 @@ def check_config(config: DictConfig) -> None:
         _refuse(f"branch={config.branch!r}", "<run id or run folder>@<experience>, or null", "branch")
     if config.distill is not None and not isinstance(config.distill, str):
         _refuse(f"distill={config.distill!r}", "<run id or run folder>[@<experience>], or null", "distill")
+    _check_upcycling(config)
     if config.arm is not None and not (isinstance(config.arm, str) and config.arm.strip()):
         _refuse(f"arm={config.arm!r}", "a name, or null", "arm")
     raw: Any = OmegaConf.to_container(config, resolve=False)
@@ -65,6 +68,21 @@ def check_config(config: DictConfig) -> None:
         if not isinstance(node, dict) or "_target_" not in node:
             _refuse(f"{place}={node!r}", "one of the group's options, with its keys", place)
         _check_node(place, node, _at(resolved, place))
+
+
+def _check_upcycling(config: DictConfig) -> None:
+    noise = config.upcycle_noise
+    if not isinstance(config.upcycle, bool):
+        _refuse(f"upcycle={config.upcycle!r}", "true or false", "upcycle")
+    if not fits(noise, float) or noise < 0:
+        _refuse(f"upcycle_noise={noise!r}", "a number >= 0", "upcycle_noise")
+    if config.upcycle and config.branch is None:
+        allowed = "branch=<dense run>@<experience> beside it: a dense run that goes on as a mixture"
+        _refuse("upcycle=true without a branch", allowed, "branch (or upcycle)")
+    if noise and not config.upcycle:
+        _refuse(
+            f"upcycle_noise={noise} without copies", "upcycle=true beside it", "upcycle_noise (or upcycle)"
+        )
 
 
 def _check_seeds(seeds: Any) -> None:

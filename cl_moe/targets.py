@@ -18,9 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from cl_moe.checkpoint import Checkpoints
 from cl_moe.errors import InputError
 from cl_moe.growth import FreezePolicy, GrowthSchedule
+from cl_moe.layers.expert_layer import ExpertLayer
 from cl_moe.layers.retrieval import Retrieval
 from cl_moe.layers.routers import Capacity, Router, Scores
-from cl_moe.layers.routing import ExpertLayer
 from cl_moe.measuring import Measuring
 from cl_moe.models import ContinualModel
 from cl_moe.optim import OptimizerSpec

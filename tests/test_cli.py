@@ -102,6 +102,8 @@ WRONG: dict[tuple[str, ...], tuple[str, ...]] = {  # arguments: words that the m
     ("seed.init=one",): ("a whole number", "change: seed.init"),
     ("seed.order=1", "stream.order=[9,8,7,6,5,4,3,2,1,0]"): ("one of them", "stream.order or seed.order"),
     ("resume=nowhere",): ("got: resume=nowhere", "output folder", "change: resume"),
+    ("-m", "experiment=glob(nothing*)"): ("which matches nothing", "demo_lwf", "change: experiment"),
+    ("-m", "model.width=glob(*)"): ("the name of a group", "change: model.width"),
     ("resume=.",): ("got: resume=.", "output folder", "change: resume"),
 }
 

@@ -15,7 +15,11 @@ from cl_moe.errors import InputError
 from cl_moe.growth.census import Census, LayerCensus
 from cl_moe.growth.freezing import FreezePolicy
 from cl_moe.growth.schedules import GrowthSchedule
+from cl_moe.layers.moe import MoE
+from cl_moe.layers.upcycle import computes_the_same
+from cl_moe.layers.upcycle import upcycle as upcycle_layer
 from cl_moe.models.base import ContinualModel
+from cl_moe.models.inherit import inherit
 from cl_moe.seeds import seeded
 
 Event = dict[str, Any]
@@ -108,6 +112,64 @@ def add_classes(model: ContinualModel, groups: Iterable[Sequence[int]], seed: in
     return events
 
 
+def upcycle(
+    model: ContinualModel, dense: ContinualModel, experience: int, noise: float, seed: int
+) -> list[Event]:
+    """Let a mixture go on from a dense model (Komatsuzaki et al., 2212.05055); returns the events.
+
+    Every expert becomes a copy of the dense layer that stands in its layer's place; all else is taken over.
+    The router's keys stay as they were drawn, and what was frozen before stays frozen, copies included.
+
+    Args:
+        model: of the dense one's shape outside its expert layers, head included; changed in place.
+        dense: what it goes on from.
+        experience: the next one.
+        noise: of the copies, relative to each tensor's own standard deviation; >= 0.
+        seed: the noise is drawn from (seed, experience, layer).
+
+    Raises:
+        InputError: one of the two has the wrong kind of layers, or a layer cannot be copied into experts.
+    """
+    if not model.expert_layers or dense.expert_layers:
+        raise InputError(
+            got="upcycle=true " + ("of a run with experts" if dense.expert_layers else "into a dense layer"),
+            allowed="a parent with layer=dense and a child with layer=moe, or upcycle=false",
+            key="layer (or upcycle, or branch)",
+        )
+    places, old = {part: name for name, part in model.named_modules()}, dict(dense.named_modules())
+    _inherit_trunk(model, dense, tuple(f"{places[layer]}." for layer in model.expert_layers.values()))
+    events = []
+    for index, layer in model.expert_layers.items():
+        # a foreign model's layer stands in a slot, its dense one does not
+        source = old.get(places[layer], old.get(places[layer].removesuffix(".layer")))
+        if source is None:
+            raise _differs(places[layer])
+        with seeded(seed, experience, "upcycle", index):
+            # what the parent froze is frozen here already, and has to be filled once
+            upcycle_layer(layer, source, exact=False, noise=noise, allow_frozen=True)
+        assert isinstance(layer, MoE)
+        details = {"num_experts": layer.num_experts, "noise": noise}
+        details["exact"] = computes_the_same(layer, source)
+        events.append(_event(experience, "upcycle", index, **details))
+    return events
+
+
+def _inherit_trunk(model: ContinualModel, dense: ContinualModel, experts: tuple[str, ...]) -> None:
+    """Take over all that stands outside the experts, and refuse a model in which something else is new."""
+    taken = {*inherit(model, dense.state_dict())}
+    for name in model.state_dict():
+        if name not in taken and not name.startswith(experts):
+            raise _differs(name)
+
+
+def _differs(name: str) -> InputError:
+    return InputError(
+        got=f"{name}, which the dense parent does not have in that shape",
+        allowed="a child that differs from its parent in the expert layers only",
+        key="model (or upcycle)",
+    )
+
+
 def replay(model: ContinualModel, ledger: Iterable[Event]) -> None:
     """Give a fresh model the shape and the frozen parts that a ledger describes; weights are loaded next."""
     for event in ledger:
@@ -128,7 +190,7 @@ def apply(model: ContinualModel, event: Event, loads: Mapping[int, Tensor | None
         # only layers whose experts have a hidden width take one; the ledger names it only where it differs
         options = {name: event[name] for name in ("init", "noise", "hidden") if name in event}
         layer.grow(event["num_experts"], load=loads.get(event["layer"]), **options)
-    else:
+    elif event["act"] != "upcycle":  # of which only weights are left: the configuration has the shape
         raise ValueError(f"unknown act {event['act']!r} in the ledger")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from cl_moe.errors import InputError
 from cl_moe.growth.census import Census
-from cl_moe.layers.routing import GROWTH_INITS
+from cl_moe.layers.expert_layer import GROWTH_INITS
 
 _EVENTS = "{experience: experts}, e.g. {2: 64, 4: 16}"
 

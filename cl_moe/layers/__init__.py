@@ -2,6 +2,7 @@
 
 from cl_moe.layers.dense import DenseFFN
 from cl_moe.layers.depth import DepthRouter, MixtureOfDepths
+from cl_moe.layers.expert_layer import ExpertLayer
 from cl_moe.layers.experts import Cohort, ExpertPool
 from cl_moe.layers.moe import MoE
 from cl_moe.layers.peer import PEER
@@ -18,8 +19,9 @@ from cl_moe.layers.routers import (
     Switch,
     TopK,
 )
-from cl_moe.layers.routing import ExpertLayer, ExpertLoad, Routing, Tokens, fold_load
+from cl_moe.layers.routing import ExpertLoad, Routing, fold_load
 from cl_moe.layers.step_loads import StepLoads
+from cl_moe.layers.tokens import Tokens
 
 __all__ = [
     "PEER",

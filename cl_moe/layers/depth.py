@@ -6,7 +6,6 @@ Legend: B sequences, S positions, D width, T = B S tokens, K places for chosen t
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -15,10 +14,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from cl_moe.errors import InputError
+from cl_moe.layers.checks import number, whole
 from cl_moe.layers.precision import no_autocast, wide
+from cl_moe.layers.rounding import whole_share, whole_shares
 from cl_moe.layers.routing import Routing
 from cl_moe.layers.selection import top_k_first
-from cl_moe.layers.tokens import check_fits
+from cl_moe.layers.tokens import check_finite, check_fits
 
 Inner = Mapping[int, Routing]
 Block = Callable[..., tuple[Tensor, Inner]]
@@ -30,12 +31,17 @@ class DepthRouter(nn.Module):
     A linear map gives every token a scalar r. The ``capacity`` share of each sequence's real tokens with the
     highest r (rounded up, so at least one; ties go to the earliest) goes through: x + r f(x), where f(x) is
     what the block adds to its input (equation 1; r enters as it is, without a sigmoid). All others keep x.
-    The chosen tokens stand in their order; what a block knows of positions must be in x.
+    The chosen tokens stand in their order; what a block knows of positions must be in x. A 2-D input, (S, D),
+    is a batch of S sequences of one token, as everywhere in these layers, and lets every token through: one
+    sequence is (1, S, D).
 
     The top of a sequence depends on its end. So a causal router has a predictor, a small perceptron that
     learns from x alone, through a stop-gradient, whether a token will be among the chosen (binary
     cross-entropy, the loss ``depth_predictor``; the paper's second way of sampling). In training the top is
     taken, in evaluation the predictor decides token by token; what share goes through is up to it.
+
+    ``torch.compile`` takes training, and evaluation of one that is not causal, as one graph. In a causal
+    one's evaluation the number of chosen tokens is known only when it runs, and the graph breaks there.
 
     Args:
         dim: D.
@@ -54,12 +60,8 @@ class DepthRouter(nn.Module):
             raise InputError(
                 got=f"capacity={capacity}", allowed="a share in (0, 1]", key="model.depth.capacity"
             )
-        if not predictor_weight >= 0:
-            raise InputError(
-                got=f"predictor_weight={predictor_weight}",
-                allowed="a number >= 0",
-                key="model.depth.predictor_weight",
-            )
+        number("predictor_weight", predictor_weight, key="model.depth.predictor_weight")
+        whole("dim", dim, least=1, key="dim")
         self.dim, self.capacity, self.causal = dim, capacity, causal
         self.predictor_weight = predictor_weight
         self.score = nn.Linear(dim, 1, bias=False)
@@ -88,21 +90,25 @@ class DepthRouter(nn.Module):
                 took (they stand behind the others), or None where all are taken; gives its output, residual
                 included, and its routings.
         """
-        check_fits(x, mask, self.dim, self.score.weight.device)
+        check_fits(x, mask, self.dim, self.score.weight)
+        check_finite(x, mask, type(self).__name__)
         if x.dim() < 2:
             raise InputError(
                 got=f"x of shape {tuple(x.shape)}", allowed=f"a floating tensor (..., S, {self.dim})", key="x"
             )
-        x_BSD = x.reshape(-1, x.shape[-2] if x.dim() > 2 else 1, self.dim)
+        length = x.shape[-2] if x.dim() > 2 else 1
+        x_BSD = x.reshape(x.shape[:-1].numel() // max(length, 1), length, self.dim)
         valid_BS = None if mask is None else mask.reshape(x_BSD.shape[:2])
+        # padding may hold anything, even NaN, which times 0 would be NaN in gradients
+        clean_BSD = x_BSD if valid_BS is None else x_BSD.masked_fill(~valid_BS.unsqueeze(-1), 0.0)
         with no_autocast(x):
-            r_BS = F.linear(wide(x_BSD), wide(self.score.weight)).squeeze(-1)
-        chosen_BS, losses = self._choose(x_BSD, r_BS, valid_BS)
-        row_M, real_BK = self._places(chosen_BS, valid_BS)
+            r_BS = F.linear(wide(clean_BSD), wide(self.score.weight)).squeeze(-1)
+        chosen_BS, losses = self._choose(clean_BSD, r_BS, valid_BS)
+        row_BK, real_BK = self._places(chosen_BS, valid_BS)
+        row_M = row_BK.reshape(-1)
         x_TD = x_BSD.reshape(-1, self.dim)
-        in_BKD = x_TD.index_select(0, row_M).reshape(len(x_BSD), -1, self.dim)
-        if real_BK is not None:  # padding may hold anything, even NaN
-            in_BKD = in_BKD.masked_fill(~real_BK.unsqueeze(-1), 0.0)
+        in_BKD = clean_BSD.reshape(-1, self.dim).index_select(0, row_M)
+        in_BKD = in_BKD.reshape(*row_BK.shape, self.dim)
         out_BKD, inner = block(in_BKD, mask=real_BK)
         with no_autocast(x):
             r_M1 = r_BS.reshape(-1).index_select(0, row_M).unsqueeze(-1)
@@ -137,39 +143,35 @@ class DepthRouter(nn.Module):
         """(B, S) bool: the real tokens of a sequence with the highest r."""
         if valid_BS is not None:
             r_BS = r_BS.masked_fill(~valid_BS, float("-inf"))
-        best_BK = top_k_first(r_BS, self._num_places(r_BS.shape[1]))
+        best_BK = top_k_first(r_BS, whole_share(r_BS.shape[1], self.capacity))
         taken_BK = torch.ones_like(best_BK, dtype=torch.bool)
         if valid_BS is not None:
-            share_B1 = valid_BS.sum(dim=1, keepdim=True).double() * self.capacity
             rank_K = torch.arange(best_BK.shape[1], device=best_BK.device)
-            taken_BK = rank_K < share_B1.round(decimals=9).ceil()
+            taken_BK = rank_K < whole_shares(valid_BS.sum(dim=1, keepdim=True), self.capacity)
         return torch.zeros_like(r_BS, dtype=torch.bool).scatter(1, best_BK, taken_BK)
 
-    def _num_places(self, length: int) -> int:
-        """K of a sequence without padding; 12.000000000000002 is 12."""
-        return math.ceil(round(length * self.capacity, 9))
-
     def _places(self, chosen_BS: Tensor, valid_BS: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(M,) rows of x for every place, chosen ones first, and (B, K) where a chosen token stands."""
+        """(B, K) rows of x for every place, chosen ones first, and (B, K) where a chosen token stands."""
         looks_ahead = self.predictor is None or self.training
         if looks_ahead:
-            num_places = self._num_places(chosen_BS.shape[1])
+            num_places = whole_share(chosen_BS.shape[1], self.capacity)
         else:  # no more places than the fullest sequence needs, and never none: blocks want some input
-            num_places = max(int(chosen_BS.sum(dim=1).max()), 1) if len(chosen_BS) else 1
+            num_places = max(int(chosen_BS.sum(dim=1).max()), 1) if chosen_BS.numel() else 1
         order_BS = (~chosen_BS).to(torch.uint8).sort(dim=1, stable=True).indices
         first_B1 = torch.arange(len(chosen_BS), device=order_BS.device).unsqueeze(1) * chosen_BS.shape[1]
-        row_M = (order_BS[:, :num_places] + first_B1).reshape(-1)
+        row_BK = order_BS[:, :num_places] + first_B1
         if looks_ahead and valid_BS is None:
-            return row_M, None
-        place_K = torch.arange(num_places, device=order_BS.device)
-        return row_M, place_K < chosen_BS.sum(dim=1, keepdim=True)
+            return row_BK, None
+        place_K = torch.arange(row_BK.shape[1], device=order_BS.device)
+        return row_BK, place_K < chosen_BS.sum(dim=1, keepdim=True)
 
 
 class MixtureOfDepths(nn.Module):
     """Any residual block, applied to some tokens of each sequence only: see ``DepthRouter``.
 
     With ``capacity=1`` and r = 1 it equals the plain block. A block that holds an expert layer makes it a
-    mixture of depths and experts, the staged one of the paper's two.
+    mixture of depths and experts, the staged one of the paper's two (the integrated one is ``MoE`` with
+    ``num_noops``, which needs nothing of this).
 
     Args:
         block: a module for (B, K, D) that gives its output, residual included, or the output and the
@@ -260,10 +262,16 @@ def _record(chosen_BS: Tensor, r_BS: Tensor, valid_T: Tensor | None, losses: Map
 def _lifted(
     routing: Routing, row_M: Tensor, real_BK: Tensor | None, num_tokens: int, valid_T: Tensor | None
 ) -> Routing:
-    """A routing of the chosen tokens as one of all tokens; pairs of places that no token took fall away."""
+    """A routing of the chosen tokens as one of all tokens; pairs of places that no token took fall away.
+
+    In compiled code they stay, neither asked nor kept: how many there are must not shape anything.
+    """
     token_P, expert_P, weight_P, kept_P = routing.pairs()
     asked_P = None if routing.asked is None else routing.asked.reshape(-1)
-    if real_BK is not None:
+    if real_BK is not None and torch.compiler.is_compiling():
+        real_P = real_BK.reshape(-1).index_select(0, token_P)
+        kept_P, asked_P = kept_P & real_P, real_P if asked_P is None else asked_P & real_P
+    elif real_BK is not None:
         real_P = real_BK.reshape(-1)[token_P]
         token_P, expert_P, weight_P, kept_P = (
             column_P[real_P] for column_P in (token_P, expert_P, weight_P, kept_P)

@@ -1,7 +1,7 @@
 """Experts with stacked weights, in cohorts, computed without a loop over experts.
 
 Legend: T tokens, D width, H hidden width, n experts of one cohort, N experts of the layer, P routed pairs,
-M pairs that are kept (M <= P), n1 = n + 1.
+M pairs that are kept and computed (M <= P), n1 = n + 1; z no-op experts of one cohort.
 """
 
 from __future__ import annotations
@@ -24,16 +24,24 @@ class Cohort(nn.Module):
 
     An expert starts as the dense layer it replaces would: U(+-1/sqrt(fan_in)), like ``nn.Linear``. The router
     keys start at 0; a router initialises them (``Router.init_keys``). With loss-free balancing there is a
-    buffer ``selection_bias`` (n,), born at 0, moved by ``ExpertLayer.after_step``, stopped with the weights.
+    buffer ``selection_bias`` (n + z,), born at 0, moved by ``ExpertLayer.after_step``, stopped with the
+    weights. A gated expert (2002.05202, equation 6) computes (act(x w_in) * (x w_up)) w_out.
 
     Args:
         dim: D, width of input and output.
-        num_experts: n.
-        hidden: H, width between an expert's two linear maps.
-        activation: ``"relu"`` or ``"gelu"``.
-        bias: whether the two maps have biases.
+        num_experts: n that compute.
+        hidden: H, width between an expert's input and its output.
+        activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
+        bias: whether the maps have biases.
         dropout: of the hidden neurons while training (2101.03961, section 2.4: "expert dropout"), in [0, 1).
         biased: whether there is a ``selection_bias``.
+        glu: whether they are gated.
+        num_noops: z experts behind those that compute: a key each, no weights.
+
+    Attributes:
+        num_experts: n + z, all that a router can choose: the first n ids compute.
+        num_computing: n.
+        num_noops: z.
     """
 
     router_parts = ("key", "selection_bias")
@@ -48,17 +56,22 @@ class Cohort(nn.Module):
         bias: bool = True,
         dropout: float = 0.0,
         biased: bool = False,
+        glu: bool = False,
+        num_noops: int = 0,
     ) -> None:
         super().__init__()
-        self.num_experts, self.hidden, self.dropout = num_experts, hidden, dropout
+        self.num_computing, self.num_noops = num_experts, num_noops
+        self.num_experts, self.hidden, self.dropout = num_experts + num_noops, hidden, dropout
         self.activation = activation_by_name(activation)
         self.statistics_frozen = False
         self.w_in = _uniform((num_experts, dim, hidden), fan_in=dim)
         self.b_in = _uniform((num_experts, hidden), fan_in=dim) if bias else None
+        self.w_up = _uniform((num_experts, dim, hidden), fan_in=dim) if glu else None
+        self.b_up = _uniform((num_experts, hidden), fan_in=dim) if glu and bias else None
         self.w_out = _uniform((num_experts, hidden, dim), fan_in=hidden)
         self.b_out = _uniform((num_experts, dim), fan_in=hidden) if bias else None
-        self.key = nn.Parameter(torch.zeros(num_experts, dim))
-        self.register_buffer("selection_bias", torch.zeros(num_experts) if biased else None)
+        self.key = nn.Parameter(torch.zeros(self.num_experts, dim))
+        self.register_buffer("selection_bias", torch.zeros(self.num_experts) if biased else None)
 
     def freeze_statistics(self) -> None:
         """Never move the selection bias again."""
@@ -77,8 +90,11 @@ class Cohort(nn.Module):
         return _grouped_linear(hidden_MH, self.w_out, self.b_out, start_n1)
 
     def hidden_units(self, x_MD: Tensor, start_n1: Tensor) -> Tensor:
-        """(M, H): what stands between the two maps, before dropout."""
-        return self.activation(_grouped_linear(x_MD, self.w_in, self.b_in, start_n1))
+        """(M, H): what the outer map reads, before dropout."""
+        hidden_MH: Tensor = self.activation(_grouped_linear(x_MD, self.w_in, self.b_in, start_n1))
+        if self.w_up is None:
+            return hidden_MH
+        return hidden_MH * _grouped_linear(x_MD, self.w_up, self.b_up, start_n1)
 
 
 class SharedExperts(nn.Module):
@@ -91,18 +107,28 @@ class SharedExperts(nn.Module):
         dim: D, width of input and output.
         num_shared: n.
         hidden: H.
-        activation: ``"relu"`` or ``"gelu"``.
-        bias: whether the two maps have biases.
+        activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
+        bias: whether the maps have biases.
         dropout: of the hidden neurons while training, in [0, 1).
+        glu: whether they are gated, as in ``Cohort``.
     """
 
     def __init__(
-        self, dim: int, num_shared: int, hidden: int, activation: str, bias: bool, dropout: float
+        self,
+        dim: int,
+        num_shared: int,
+        hidden: int,
+        activation: str,
+        bias: bool,
+        dropout: float,
+        glu: bool = False,
     ) -> None:
         super().__init__()
         self.activation, self.dropout = activation_by_name(activation), dropout
         self.w_in = _uniform((dim, num_shared * hidden), fan_in=dim)
         self.b_in = _uniform((num_shared * hidden,), fan_in=dim) if bias else None
+        self.w_up = _uniform((dim, num_shared * hidden), fan_in=dim) if glu else None
+        self.b_up = _uniform((num_shared * hidden,), fan_in=dim) if glu and bias else None
         self.w_out = _uniform((num_shared * hidden, dim), fan_in=hidden)
         self.b_out = _uniform((num_shared, dim), fan_in=hidden) if bias else None
 
@@ -118,8 +144,12 @@ class SharedExperts(nn.Module):
         return out_TD.to(x_TD.dtype)
 
     def hidden_units(self, x_TD: Tensor) -> Tensor:
-        """(T, n H): what stands between the two maps, before dropout."""
-        return self.activation(nn.functional.linear(x_TD.to(self.w_in.dtype), self.w_in.t(), self.b_in))
+        """(T, n H): what the outer map reads, before dropout."""
+        x_TI = x_TD.to(self.w_in.dtype)
+        hidden_TH: Tensor = self.activation(nn.functional.linear(x_TI, self.w_in.t(), self.b_in))
+        if self.w_up is None:
+            return hidden_TH
+        return hidden_TH * nn.functional.linear(x_TI, self.w_up.t(), self.b_up)
 
     def hidden_activity(self, x_TD: Tensor, valid_T: Tensor | None) -> Activity:
         """Of all n H units, which every real token reaches."""
@@ -142,7 +172,8 @@ class ExpertPool(nn.ModuleList):
     def forward(self, x_TD: Tensor, routing: Routing, cohorts: Sequence[int] | None = None) -> Tensor:
         """(T, D): for every token the sum of its kept experts' outputs times their weights; 0 without any.
 
-        The weighted sum runs in float32 or wider, in the order of a token's pairs; the result has x's dtype.
+        No-op experts add nothing, and nothing is computed for their pairs. The weighted sum runs in float32
+        or wider, in the order of a token's pairs; the result has x's dtype.
 
         Args:
             x_TD: (T, D) floating.
@@ -150,18 +181,19 @@ class ExpertPool(nn.ModuleList):
             cohorts: the cohorts in use, ascending; None for all. One that takes no pair still joins the
                 graph, so that its gradients are zeros and ranks agree on who has some.
         """
-        sizes = [int(cohort.num_experts) for cohort in self]  # type: ignore[arg-type]
+        every: list[Cohort] = list(self)  # type: ignore[arg-type]
+        sizes = [cohort.num_experts for cohort in every]
+        routing = _without_noops(routing, every)
         if torch.compiler.is_compiling():
             chosen = list(range(len(self)) if cohorts is None else cohorts)
             first_id = [sum(sizes[:index]) for index in chosen]
-            every: list[Cohort] = list(self)  # type: ignore[arg-type]
             return static_pool(x_TD, routing, [every[index] for index in chosen], first_id)
         weight_M, slots, start_N1 = _places_by_expert(routing, sum(sizes))
         rows_MD = pair_gather(x_TD, slots)
         bounds, outs = start_N1.tolist(), []
         for index in range(len(self)) if cohorts is None else cohorts:
             first = sum(sizes[:index])
-            last = first + sizes[index]
+            last = first + every[index].num_computing
             start_n1 = start_N1[first : last + 1] - bounds[first]
             outs.append(self[index](rows_MD[bounds[first] : bounds[last]], start_n1))
         with no_autocast(x_TD):
@@ -172,15 +204,27 @@ class ExpertPool(nn.ModuleList):
     def hidden_activity(self, x_TD: Tensor, routing: Routing) -> Activity:
         """Of every expert's hidden units over the tokens that it computed, oldest cohort first."""
         cohorts: list[Cohort] = list(self)  # type: ignore[arg-type]
-        _, slots, start_N1 = _places_by_expert(routing, sum(cohort.num_experts for cohort in cohorts))
+        num_experts = sum(cohort.num_experts for cohort in cohorts)
+        _, slots, start_N1 = _places_by_expert(_without_noops(routing, cohorts), num_experts)
         rows_MD, parts, first = pair_gather(x_TD, slots), list[Activity](), 0
         for cohort in cohorts:
-            start_n1 = start_N1[first : first + cohort.num_experts + 1]
+            start_n1 = start_N1[first : first + cohort.num_computing + 1]
             rows_mD = rows_MD[start_n1[0] : start_n1[-1]]
             start_n1 = start_n1 - start_n1[0]
             parts.append(of_experts(cohort.hidden_units(rows_mD, start_n1), start_n1))
             first += cohort.num_experts
         return joined(parts)
+
+
+def _without_noops(routing: Routing, cohorts: Sequence[Cohort]) -> Routing:
+    """The routing as if pairs of no-op experts had been dropped."""
+    kept, first = routing.kept, 0
+    for cohort in cohorts:
+        computing, last = first + cohort.num_computing, first + cohort.num_experts
+        if cohort.num_noops:
+            kept = kept & ((routing.expert < computing) | (routing.expert >= last))
+        first = last
+    return routing._replace(kept=kept)
 
 
 def _places_by_expert(routing: Routing, num_experts: int) -> tuple[Tensor, Pairs, Tensor]:

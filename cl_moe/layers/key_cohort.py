@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from cl_moe.layers.expert_layer import most_used, noisy_copy
 from cl_moe.layers.product_keys import shell_coordinates, shell_index
 from cl_moe.layers.queries import Queries, QueryNorm, add_query_net
-from cl_moe.layers.routing import most_used, noisy_copy
 
 
 class KeyCohort(nn.Module):
@@ -67,7 +67,7 @@ class KeyCohort(nn.Module):
         heads = keys_SrH.shape[0]
         query_hTH = query_QSH[:, side].reshape(-1, heads, query_QSH.shape[-1]).transpose(0, 1)
         score_hTr = torch.bmm(query_hTH, keys_SrH[:, side].transpose(1, 2))
-        return score_hTr.transpose(0, 1).reshape(query_QSH.shape[0], -1)
+        return score_hTr.transpose(0, 1).reshape(query_QSH.shape[0], keys_SrH.shape[2])
 
     @torch.no_grad()
     def copy_most_used(self, grid: Sequence[KeyCohort], among: range, load_N: Tensor, noise: float) -> None:

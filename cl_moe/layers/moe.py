@@ -1,6 +1,6 @@
 """A mixture of feed-forward experts: a router chooses, an expert pool computes.
 
-Legend: D width, n experts of one cohort, N experts of the layer.
+Legend: D width, n experts of one cohort, N experts of the layer, no-ops included.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from torch import Tensor
 
 from cl_moe.errors import InputError
 from cl_moe.layers.activity import Activity, joined
+from cl_moe.layers.checks import whole
+from cl_moe.layers.expert_layer import ExpertLayer, most_used, noisy_copy
 from cl_moe.layers.experts import Cohort, ExpertPool, SharedExperts
 from cl_moe.layers.routers import Candidates, Router, TopK
-from cl_moe.layers.routing import ExpertLayer, Routing, flat_tokens, most_used, noisy_copy
+from cl_moe.layers.routing import Routing
+from cl_moe.layers.tokens import flat_tokens
 
 
 class MoE(ExpertLayer):
@@ -24,18 +27,31 @@ class MoE(ExpertLayer):
     cohort nor of the router: ``freeze`` leaves them alone, and only a policy that stops everything
     (``all_past``) stops them.
 
+    No-op experts make it the integrated mixture of depths and experts (MoDE, 2404.02258): they
+    have keys and take part in the choice, its probabilities, losses and capacities like all others, but add
+    nothing and compute nothing, so that with the residual around the layer a token passes by. Their ids
+    follow those of the experts at the start, whose cohort is theirs: asked for, frozen and kept with it.
+    Whatever counts experts or loads, from ``num_experts`` and ``Routing`` to the metrics, counts them too; a
+    newborn is never a copy of one, nor one itself. Gates are not renormalised without them.
+
     Args:
         dim: D, width of input and output.
-        num_experts: experts at the start, >= 1.
+        num_experts: experts at the start that compute, >= 1.
         hidden: an expert's hidden width; a cohort born later may have another (``grow``).
         router: a router, or what makes one when called with ``dim=``.
-        activation: ``"relu"`` or ``"gelu"``.
+        activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
         bias: whether the experts' linear maps have biases.
         num_shared: experts that every token passes, beside the router (DeepSeekMoE, 2401.06066); >= 0.
         dropout: of the experts' hidden neurons while training, in [0, 1); Switch fine-tunes with 0.4.
+        glu: gated experts of three maps, act(W x) * (V x) between input and output (2002.05202, equation 6;
+            with ``"silu"`` SwiGLU); the shared ones too.
+        num_noops: no-op experts, >= 0.
 
     Raises:
         InputError: the router cannot serve so few experts (key ``router.k``), or a number is out of range.
+
+    Attributes:
+        num_experts: N, all that the router can choose: of every cohort, frozen ones and no-ops included.
     """
 
     router_parts = ("router",)
@@ -51,16 +67,20 @@ class MoE(ExpertLayer):
         bias: bool = True,
         num_shared: int = 0,
         dropout: float = 0.0,
+        glu: bool = False,
+        num_noops: int = 0,
     ) -> None:
         super().__init__()
-        _check_options(hidden, num_shared, dropout)
+        whole("dim", dim, least=1, key="dim")
+        _check_options(num_experts, hidden, num_shared, dropout, num_noops)
         self.dim, self.hidden, self.activation, self.bias = dim, hidden, activation, bias
-        self.dropout = dropout
+        self.dropout, self.glu = dropout, glu
         self.router = router if isinstance(router, Router) else router(dim=dim)
-        self.router.check_num_experts(num_experts)
-        self.cohorts = ExpertPool([self._newborn(num_experts, hidden)])
-        shared = SharedExperts(dim, num_shared, hidden, activation, bias, dropout) if num_shared else None
-        self.shared = shared
+        self.router.check_dim(dim)
+        self.router.check_num_experts(num_experts + num_noops)
+        self.cohorts = ExpertPool([self._newborn(num_experts, hidden, num_noops)])
+        shared = (dim, num_shared, hidden, activation, bias, dropout, glu)
+        self.shared = SharedExperts(*shared) if num_shared else None
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, cohorts: Sequence[int] | None = None
@@ -74,12 +94,18 @@ class MoE(ExpertLayer):
         """
         self.check_input(x, mask)
         chosen = self.check_cohorts(cohorts)
+        if x.dim() <= 2:
+            self.check_length(1, sum(self.cohort_sizes[c] for c in chosen))
         tokens = flat_tokens(x, mask)
         routing = self.router(tokens, self._candidates(chosen))
         out_TD = self.cohorts(tokens.x, routing, chosen)
         if self.shared is not None:
             out_TD = out_TD + self.shared(tokens.x, tokens.valid)
         return out_TD.reshape(x.shape), routing
+
+    def check_length(self, length: int, num_experts: int | None = None) -> None:
+        """What the router says of sequences of so many tokens."""
+        self.router.check_length(length, self.num_experts if num_experts is None else num_experts)
 
     @property
     def has_hidden_units(self) -> bool:
@@ -120,8 +146,8 @@ class MoE(ExpertLayer):
         Args:
             num_experts: how many are born.
             init: ``"fresh"``; ``"copy"`` of the most used experts of the same hidden width, their keys and
-                selection biases (ties: the oldest; all of them in turn if more are born than live);
-                ``"zero_output"``, whose down-projection is 0.
+                selection biases (ties: the oldest; all of them in turn if more are born than live; never of a
+                no-op); ``"zero_output"``, whose down-projection is 0.
             noise: standard deviation of a copy's noise, relative to the copied tensor's own.
             load: (N,) load that ``"copy"`` ranks by; None: all equal.
             hidden: the newborns' hidden width; None: as at the start.
@@ -129,7 +155,7 @@ class MoE(ExpertLayer):
         Raises:
             InputError: also where no expert has the width that a copy is to have.
         """
-        self.check_growth(num_experts, init, load)
+        self.check_growth(num_experts, init, load, noise)
         hidden = self.hidden if hidden is None else hidden
         self.check_hidden(hidden, init)
         newborn = self._newborn(num_experts, hidden).to(self._key(0))  # dtype and device of the old ones
@@ -143,8 +169,7 @@ class MoE(ExpertLayer):
 
     def check_hidden(self, hidden: int, init: str) -> None:
         """Any width will do, but a copy needs experts of its own."""
-        if hidden < 1:
-            raise InputError(got=f"hidden={hidden}", allowed="at least 1", key="growth.hidden")
+        whole("hidden", hidden, least=1, key="growth.hidden")
         widths = sorted({cohort.hidden for cohort in self._cohorts()})
         if init == "copy" and hidden not in widths:
             raise InputError(
@@ -184,27 +209,31 @@ class MoE(ExpertLayer):
             assert isinstance(bias_n, Tensor)
             bias_n += (self.router.scores.bias_rate * (mean - counts[index]).sign()).to(bias_n)
 
-    def _newborn(self, num_experts: int, hidden: int) -> Cohort:
-        options = (self.activation, self.bias, self.dropout, self.wants_load)
+    def _newborn(self, num_experts: int, hidden: int, num_noops: int = 0) -> Cohort:
+        options = (self.activation, self.bias, self.dropout, self.wants_load, self.glu, num_noops)
         cohort = Cohort(self.dim, num_experts, hidden, *options)
         with torch.no_grad():
             self.router.init_keys(cohort.key)
         return cohort.train(self.training)
 
     def _copy_most_used(self, newborn: Cohort, noise: float, load: Tensor | None) -> None:
-        """Fill a newborn cohort from the most used experts of its width."""
+        """Fill a newborn cohort from the most used experts of its width that compute."""
         sources = [cohort for cohort in self._cohorts() if cohort.hidden == newborn.hidden]
         fits_N = [
-            cohort.hidden == newborn.hidden for cohort in self._cohorts() for _ in range(cohort.num_experts)
+            cohort.hidden == newborn.hidden and place < cohort.num_computing
+            for cohort in self._cohorts()
+            for place in range(cohort.num_experts)
         ]
         load_n = None if load is None else load[torch.tensor(fits_N, device=load.device)]
-        best_n = most_used(load_n, sum(cohort.num_experts for cohort in sources), newborn.key.device)
+        best_n = most_used(load_n, sum(fits_N), newborn.key.device)
         source_n = best_n[torch.arange(newborn.num_experts, device=best_n.device) % best_n.numel()]
         for name, parameter in newborn.named_parameters():
-            old = torch.cat([cohort.get_parameter(name) for cohort in sources])
+            # the rows of no-ops, of keys and biases alone, are the last
+            old = torch.cat([cohort.get_parameter(name)[: cohort.num_computing] for cohort in sources])
             parameter.copy_(noisy_copy(old[source_n], noise))
         for name, buffer in newborn.named_buffers():
-            buffer.copy_(torch.cat([cohort.get_buffer(name) for cohort in sources])[source_n])
+            olds = [cohort.get_buffer(name)[: cohort.num_computing] for cohort in sources]
+            buffer.copy_(torch.cat(olds)[source_n])
 
     def _cohorts(self) -> list[Cohort]:
         return list(self.cohorts)  # type: ignore[arg-type]
@@ -233,10 +262,10 @@ class MoE(ExpertLayer):
         return torch.cat(biases) if biases else None  # type: ignore[arg-type]
 
 
-def _check_options(hidden: int, num_shared: int, dropout: float) -> None:
-    if hidden < 1:
-        raise InputError(got=f"hidden={hidden}", allowed="at least 1", key="layer.hidden")
-    if num_shared < 0:
-        raise InputError(got=f"num_shared={num_shared}", allowed="0 or more", key="layer.num_shared")
+def _check_options(num_experts: int, hidden: int, num_shared: int, dropout: float, num_noops: int) -> None:
+    for name, value in (("num_experts", num_experts), ("hidden", hidden)):
+        whole(name, value, least=1, key=f"layer.{name}")
+    for name, value in (("num_shared", num_shared), ("num_noops", num_noops)):
+        whole(name, value, least=0, key=f"layer.{name}")
     if not 0 <= dropout < 1:
         raise InputError(got=f"dropout={dropout}", allowed="0 <= dropout < 1", key="layer.dropout")

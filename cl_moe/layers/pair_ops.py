@@ -92,19 +92,37 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(left, expert_TK, *tables)
 
 
-def _dot_backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, list[Tensor], None, None]:
+_Gradients = tuple[Tensor | None, list[Tensor | None], None, None]
+
+
+def _dot_backward(ctx: Any, grad_TK: Tensor) -> _Gradients:
     x_TD, expert_TK, *tables = ctx.saved_tensors
-    sizes = [table.shape[0] for table in tables]
-    grad_x_TD = table_sum(grad_TK.contiguous(), tables, expert_TK, ctx.firsts)
-    return grad_x_TD, table_grad(grad_TK.contiguous(), x_TD, expert_TK, ctx.firsts, sizes), None, None
+    grad_TK, grad_x_TD = grad_TK.contiguous(), None
+    if ctx.needs_input_grad[0]:
+        grad_x_TD = table_sum(grad_TK, tables, expert_TK, ctx.firsts)
+    return grad_x_TD, _grads_of_learning(ctx, grad_TK, x_TD, expert_TK, tables), None, None
 
 
-def _sum_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, list[Tensor], None, None]:
+def _sum_backward(ctx: Any, grad_TD: Tensor) -> _Gradients:
     weight_TK, expert_TK, *tables = ctx.saved_tensors
-    sizes = [table.shape[0] for table in tables]
-    grad_weight_TK = table_dot(grad_TD.contiguous(), tables, expert_TK, ctx.firsts)
-    grad_tables = table_grad(weight_TK, grad_TD.contiguous(), expert_TK, ctx.firsts, sizes)
-    return grad_weight_TK, grad_tables, None, None
+    grad_TD, grad_weight_TK = grad_TD.contiguous(), None
+    if ctx.needs_input_grad[0]:
+        grad_weight_TK = table_dot(grad_TD, tables, expert_TK, ctx.firsts)
+    return grad_weight_TK, _grads_of_learning(ctx, weight_TK, grad_TD, expert_TK, tables), None, None
+
+
+def _grads_of_learning(
+    ctx: Any, weight_TK: Tensor, x_TD: Tensor, expert_TK: Tensor, tables: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradient of every table that learns; None, and no work, for a frozen one."""
+    learning = [c for c, learns in enumerate(ctx.needs_input_grad[1]) if learns]
+    grads: list[Tensor | None] = [None] * len(tables)
+    if learning:
+        firsts, sizes = [ctx.firsts[c] for c in learning], [tables[c].shape[0] for c in learning]
+        found = table_grad(weight_TK, x_TD, expert_TK, firsts, sizes)
+        for c, grad_nD in zip(learning, found, strict=True):
+            grads[c] = grad_nD
+    return grads
 
 
 table_dot.register_autograd(_dot_backward, setup_context=_keep)

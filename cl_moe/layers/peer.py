@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cl_moe.layers.activity import Activity
+from cl_moe.layers.checks import whole
 from cl_moe.layers.precision import activation_by_name, no_autocast, wide
 from cl_moe.layers.product_key_layer import ProductKeyLayer
 from cl_moe.layers.queries import Queries
@@ -13,8 +14,8 @@ from cl_moe.layers.routing import Routing
 from cl_moe.layers.vector_experts import Dot, expert_activity
 
 # E[act(z)^2] for z ~ N(0, 1), and the output variance of DenseFFN for unit input (see balanced_value_std)
-_SECOND_MOMENT = {"relu": 0.5, "gelu": 0.4252}
-_DENSE_VARIANCE = {"relu": 1 / 18, "gelu": 0.0391}
+_SECOND_MOMENT = {"relu": 0.5, "gelu": 0.4252, "gelu_tanh": 0.4252, "silu": 0.3558}
+_DENSE_VARIANCE = {"relu": 1 / 18, "gelu": 0.0391, "gelu_tanh": 0.0391, "silu": 0.0333}
 _SIGMOID_GATE = 0.5  # mean square of sigmoid(score) of the retrieved: their scores start at about 1
 
 
@@ -33,7 +34,7 @@ class PEER(ProductKeyLayer):
         key_dim: width of a query, even; None: D.
         query_norm: ``"batch"``: batch normalisation of the queries; ``"layer"``: layer normalisation of each
             head's query; or ``"none"``.
-        activation: ``"relu"`` or ``"gelu"``.
+        activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
         glu: gated experts (2002.05202) of three vectors each, act(u . x) (w . x) v.
         retrieval: who owns keys and queries, the gate, how cohorts live together and grow: see ``Retrieval``;
             None: as the paper, cohorts competing.
@@ -51,6 +52,7 @@ class PEER(ProductKeyLayer):
         glu: bool = False,
         retrieval: Retrieval | None = None,
     ) -> None:
+        whole("dim", dim, least=1, key="dim")
         retrieval = Retrieval() if retrieval is None else retrieval
         act = activation_by_name(activation)
         queries = Queries(heads, k, dim if key_dim is None else key_dim, query_norm).check()
@@ -85,11 +87,11 @@ def balanced_value_std(activation: str, heads: int, k: int, gate: str = "softmax
     The paper does not say how u and v start. Here u (and w) ~ N(0, 1/D), so that u . x has the variance of
     x's entries, and v ~ N(0, s^2). For x of unit variance the dense layer (``DenseFFN``, ``nn.Linear``'s
     U(+-1/sqrt(fan_in)), weights of variance 1/(3 fan_in)) has hidden pre-activations of variance 1/3 and,
-    whatever its hidden width, outputs of variance E[act(z / sqrt 3)^2] / 3: 1/18 for relu, .0391 for gelu.
-    PEER sums, over h heads, k terms g act(u . x) v: variance h k E[g^2] E[act(z)^2] s^2, where E[act(z)^2] is
-    .5 for relu and .4252 for gelu (w . x of a gated expert has variance 1 and changes nothing). With a
-    softmax the k weights sum to 1 and, while scores are alike, E[g^2] = 1/k^2; sigmoids are not bound to
-    a sum, and E[g^2] is about 1/2.
+    whatever its hidden width, outputs of variance E[act(z / sqrt 3)^2] / 3: 1/18 for relu, .0391 for gelu,
+    .0333 for silu. PEER sums, over h heads, k terms g act(u . x) v: variance h k E[g^2] E[act(z)^2] s^2,
+    where E[act(z)^2] is .5 for relu, .4252 for gelu and .3558 for silu (w . x of a gated expert has variance
+    1 and changes nothing). With a softmax the k weights sum to 1 and, while scores are alike, E[g^2] =
+    1/k^2; sigmoids are not bound to a sum, and E[g^2] is about 1/2.
     """
     if gate == "softmax":
         return (_DENSE_VARIANCE[activation] * k / (heads * _SECOND_MOMENT[activation])) ** 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cl_moe.layers.checks import whole
 from cl_moe.layers.product_key_layer import ProductKeyLayer
 from cl_moe.layers.queries import Queries
 from cl_moe.layers.retrieval import Retrieval
@@ -42,6 +43,7 @@ class PKM(ProductKeyLayer):
         query_norm: str = "batch",
         retrieval: Retrieval | None = None,
     ) -> None:
+        whole("dim", dim, least=1, key="dim")
         queries = Queries(heads, k, dim if key_dim is None else key_dim, query_norm)
         retrieval = PKM_RETRIEVAL if retrieval is None else retrieval
         super().__init__(dim, num_experts, queries, retrieval, {"v": dim**-0.5})

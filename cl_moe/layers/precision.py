@@ -10,7 +10,19 @@ from torch import Tensor, nn
 from cl_moe.errors import InputError
 
 Activation = Callable[[Tensor], Tensor]
-ACTIVATIONS: dict[str, Activation] = {"relu": nn.functional.relu, "gelu": nn.functional.gelu}
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU approximated with tanh (1606.08415, section 2): GPT-2's ``gelu_new``."""
+    return nn.functional.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": nn.functional.relu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": gelu_tanh,
+    "silu": nn.functional.silu,
+}
 
 
 def activation_by_name(name: str) -> Activation:

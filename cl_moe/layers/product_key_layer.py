@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from cl_moe.errors import InputError
+from cl_moe.layers.expert_layer import ExpertLayer
 from cl_moe.layers.key_cohort import KeyCohort
 from cl_moe.layers.precision import no_autocast, wide
 from cl_moe.layers.product_keys import Block, Found, grid_size, search, shell_blocks
 from cl_moe.layers.queries import Queries, QueryNorm, add_query_net, ask
 from cl_moe.layers.retrieval import Retrieval, compete
-from cl_moe.layers.routing import ExpertLayer, Routing, Tokens, flat_tokens
+from cl_moe.layers.routing import Routing
+from cl_moe.layers.tokens import Tokens, flat_tokens
 from cl_moe.layers.vector_experts import Dot, Part, expert_sum
 
 
@@ -29,7 +31,8 @@ class ProductKeyLayer(ExpertLayer):
     """Heads retrieve experts by product keys; the output is a sum of the retrieved experts' vectors ``v``.
 
     Retrieval and experts compute in float32 or wider. Ties go to the oldest cohort, inside a grid to the
-    lower shell, then row, then column.
+    lower shell, then row, then column; that is the rule for equal scores of sub-keys, see ``search`` for sums
+    that are equal by rounding alone.
 
     What freezing a cohort means for scores: a sub-key's score is its product with a query, so a frozen
     cohort's scores stay only if its query net is frozen too (``freeze(shared=True)``, or a query net per
@@ -131,7 +134,7 @@ class ProductKeyLayer(ExpertLayer):
         Raises:
             InputError: also where a copy would have more rows than what it copies.
         """
-        self.check_growth(num_experts, init, load)
+        self.check_growth(num_experts, init, load, noise)
         newborn = self._newborn(self._rows_born(num_experts, self.num_experts))
         newborn = newborn.to(self._cohort(0).keys).train(self.training)  # dtype and device of the old
         if init == "copy":
@@ -140,17 +143,35 @@ class ProductKeyLayer(ExpertLayer):
             cast(Tensor, newborn.v).zero_()
         self.cohorts.append(newborn)
 
-    def check_growth(self, num_experts: int, init: str, load: Tensor | None = None) -> None:
+    def check_growth(
+        self, num_experts: int, init: str, load: Tensor | None = None, noise: float = 0.0
+    ) -> None:
         """Also: newborns must make whole grids, under ``sum`` of at least k experts; copies need a source."""
-        super().check_growth(num_experts, init, load)
-        rows = self._rows_born(num_experts, self.num_experts)
+        super().check_growth(num_experts, init, load, noise)
+        self._check_birth(num_experts, init, self.num_experts, self._largest)
+
+    def check_growths(self, sizes: Sequence[int], init: str) -> None:
+        """Refuse a plan of growths, one after the other, of which some could not be carried out."""
+        total, largest = self.num_experts, self._largest
+        for size in sizes:
+            super().check_growth(size, init)
+            largest = max(largest, self._check_birth(size, init, total, largest))
+            total += size
+
+    @property
+    def _largest(self) -> int:
+        """Rows of the cohort that has the most."""
+        return max(len(self._cohort(c).rows) for c in range(len(self.cohorts)))
+
+    def _check_birth(self, num_experts: int, init: str, total: int, largest: int) -> int:
+        """Rows of newborns in a layer of ``total`` experts whose cohorts have at most ``largest`` rows."""
+        rows = self._rows_born(num_experts, total)
         if self.retrieval.policy == "sum" and num_experts < self.k:
             raise InputError(
                 got=f"growth by {num_experts} experts, with k={self.k} for every cohort",
                 allowed=f"at least {self.k}, or layer.retrieval.policy=compete",
                 key="growth.num_experts",
             )
-        largest = max(len(self._cohort(c).rows) for c in range(len(self.cohorts)))
         if self._by_shells and not self._own_queries:
             largest = rows.start
         if init == "copy" and len(rows) > largest:
@@ -159,16 +180,7 @@ class ProductKeyLayer(ExpertLayer):
                 allowed=f"at most {largest} rows, or growth.init=fresh",
                 key="growth.num_experts",
             )
-
-    def check_growths(self, sizes: Sequence[int], init: str) -> None:
-        """Refuse a plan of growths, one after the other, of which some could not be carried out."""
-        total = self.num_experts
-        for size in sizes:
-            if self._by_shells:
-                self._rows_born(size, total)
-            else:
-                self.check_growth(size, init)
-            total += size
+        return len(rows)
 
     @property
     def _own_queries(self) -> bool:

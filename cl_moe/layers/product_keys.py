@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cl_moe.errors import InputError
+from cl_moe.layers.checks import whole
 from cl_moe.layers.selection import top_k_first
 
 
@@ -46,11 +47,12 @@ def grid_size(num_experts: int, key: str) -> int:
     >>> grid_size(16, key="layer.num_experts")
     4
     """
-    size = math.isqrt(max(num_experts, 0))
-    if num_experts < 1 or size * size != num_experts:
+    whole("num_experts", num_experts, least=1, key=key)
+    size = math.isqrt(num_experts)
+    if size * size != num_experts:
         raise InputError(
             got=f"num_experts={num_experts}",
-            allowed=f"a square number, such as {max(size, 1) ** 2} or {(size + 1) ** 2}",
+            allowed=f"a square number, such as {size**2} or {(size + 1) ** 2}",
             key=key,
         )
     return size
@@ -80,7 +82,7 @@ def shell_coordinates(expert: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def retrieve(query_QSH: Tensor, keys_SmH: Tensor, k: int) -> Found:
-    """The exact top min(k, m^2) of a whole grid: ``search`` with the scores of its sub-keys.
+    """The exact top min(k, m^2) of a whole grid: ``search`` with the scores of its sub-keys, ties as there.
 
     Args:
         query_QSH: (Q, 2, H).
@@ -94,7 +96,9 @@ def search(score_Qm: Sequence[Tensor], k: int, blocks: Sequence[Block] | None = 
     """The exact top k of blocks of a grid, or all there are (1907.05242, section 3.2).
 
     In a block the k best sub-keys of each side suffice, and of their pairs only those that fewer than k pairs
-    are sure to beat. Ties go to the lower shell, then to the lower row, then to the lower column.
+    are sure to beat. Ties go to the lower shell, then to the lower row, then to the lower column. That holds
+    where sub-keys have equal scores: two sums of different scores that rounding alone makes equal are told
+    apart by those scores in a side's own top k, so there the better sub-key may win instead.
 
     Args:
         score_Qm: (Q, m) scores of the sub-keys of each of the two sides, no NaN.

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from cl_moe.errors import InputError
 from cl_moe.layers.batch_norm import MaskedBatchNorm
+from cl_moe.layers.checks import whole
 from cl_moe.layers.precision import wide
-from cl_moe.layers.routing import Tokens
+from cl_moe.layers.tokens import Tokens
 
 NORMS = ("batch", "layer", "none")
 
@@ -36,9 +37,9 @@ class Queries(NamedTuple):
 
     def check(self) -> Queries:
         """Itself, if there are such queries."""
-        if self.heads < 1:
-            raise InputError(got=f"heads={self.heads}", allowed="at least 1", key="layer.heads")
-        if self.key_dim < 2 or self.key_dim % 2:
+        for name in ("heads", "k"):
+            whole(name, getattr(self, name), least=1, key=f"layer.{name}")
+        if whole("key_dim", self.key_dim, least=1, key="layer.key_dim") % 2:
             raise InputError(
                 got=f"key_dim={self.key_dim}", allowed="an even number, at least 2", key="layer.key_dim"
             )

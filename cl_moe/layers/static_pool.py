@@ -3,8 +3,11 @@
 The eager computation gathers only pairs that were kept and cuts the rows where cohorts meet, so its shapes
 are known when it runs; compiled code would break off there. Here every pair is computed, a dropped one with
 weight 0, and cohorts are stacked, narrower ones padded with neurons of weight 0, which give act(0) x 0 = 0.
+Pairs of no-op experts are sorted behind all others, where nothing is multiplied. It is compiled anew for each
+growth and each new size of input: torch gives up after ``torch._dynamo.config.recompile_limit`` (8) of them.
 
-Legend: T tokens, D width, H widest hidden width, n experts in use, N experts of the layer, P routed pairs.
+Legend: T tokens, D width, H widest hidden width, n experts in use that compute, N experts of the layer,
+P routed pairs.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ def static_pool(x_TD: Tensor, routing: Routing, cohorts: Sequence[Cohort], first
 
     Args:
         x_TD: (T, D) floating.
-        routing: of experts of ``cohorts`` only.
+        routing: of experts of ``cohorts`` only; no pair of a no-op is ``kept``.
         cohorts: those in use, oldest first.
         first_id: id of the first expert of each.
     """
@@ -36,7 +39,7 @@ def static_pool(x_TD: Tensor, routing: Routing, cohorts: Sequence[Cohort], first
     sorted_P, order_P = _rows(expert_P, routing.num_experts, cohorts, first_id).sort(stable=True)
     token_P = token_P.index_select(0, order_P)
     weight_P = torch.where(kept_P, weight_P, 0.0).index_select(0, order_P)
-    boundary_n1 = torch.arange(sum(c.num_experts for c in cohorts) + 1, device=x_TD.device)
+    boundary_n1 = torch.arange(sum(c.num_computing for c in cohorts) + 1, device=x_TD.device)
     start_n1 = torch.searchsorted(sorted_P, boundary_n1)
     dtype = matmul_dtype(cohorts[0].w_in)
     with no_autocast(x_TD):
@@ -51,28 +54,41 @@ def static_pool(x_TD: Tensor, routing: Routing, cohorts: Sequence[Cohort], first
 def _experts(x_PD: Tensor, cohorts: Sequence[Cohort], row_P: Tensor, start_n1: Tensor) -> Tensor:
     """(P, D) outputs for rows sorted by expert."""
     widest, dtype, one = max(c.hidden for c in cohorts), x_PD.dtype, cohorts[0]
-    w_in = torch.cat([nn.functional.pad(c.w_in, (0, widest - c.hidden)) for c in cohorts]).to(dtype)
-    w_out = torch.cat([nn.functional.pad(c.w_out, (0, 0, 0, widest - c.hidden)) for c in cohorts]).to(dtype)
-    hidden_PH = opaque_grouped_mm(x_PD, w_in, start_n1)
-    if one.b_in is not None:
-        biases = [nn.functional.pad(c.b_in, (0, widest - c.hidden)) for c in cohorts if c.b_in is not None]
-        hidden_PH = hidden_PH + torch.cat(biases).to(dtype).index_select(0, row_P)
-    hidden_PH = one.activation(hidden_PH)
+    w_out = [nn.functional.pad(c.w_out, (0, 0, 0, widest - c.hidden)).to(dtype) for c in cohorts]
+    whole = not any(c.num_noops for c in cohorts)
+    bias_row_P = row_P if whole else row_P.clamp_max(start_n1.shape[0] - 2)
+
+    def first_map(name: str) -> Tensor:
+        maps = [nn.functional.pad(getattr(c, f"w_{name}"), (0, widest - c.hidden)) for c in cohorts]
+        out_PH = opaque_grouped_mm(x_PD, [w.to(dtype) for w in maps], start_n1, whole)
+        if one.b_in is None:
+            return out_PH
+        biases = [nn.functional.pad(getattr(c, f"b_{name}"), (0, widest - c.hidden)) for c in cohorts]
+        return out_PH + _rows_of(biases, bias_row_P).to(dtype)
+
+    hidden_PH = one.activation(first_map("in"))
+    if one.w_up is not None:
+        hidden_PH = hidden_PH * first_map("up")
     if one.dropout > 0:
         hidden_PH = nn.functional.dropout(hidden_PH, one.dropout, one.training)
-    out_PD = opaque_grouped_mm(hidden_PH, w_out, start_n1)
+    out_PD = opaque_grouped_mm(hidden_PH, w_out, start_n1, whole)
     if one.b_out is not None:
-        biases = [c.b_out for c in cohorts if c.b_out is not None]
-        out_PD = out_PD + torch.cat(biases).to(dtype).index_select(0, row_P)
+        biases: list[Tensor] = [c.b_out for c in cohorts if c.b_out is not None]
+        out_PD = out_PD + _rows_of(biases, bias_row_P).to(dtype)
     return out_PD
 
 
+def _rows_of(biases: Sequence[Tensor], row_P: Tensor) -> Tensor:
+    """Rows of the stacked biases, in their own dtype: the gradient adds rows up, and not in bfloat16."""
+    return torch.cat(list(biases)).index_select(0, row_P)
+
+
 def _rows(expert_P: Tensor, num_experts: int, cohorts: Sequence[Cohort], first_id: Sequence[int]) -> Tensor:
-    """(P,) int64: each pair's place in the stacked cohorts."""
-    sizes = [c.num_experts for c in cohorts]
+    """(P,) int64: each pair's place in the stacked cohorts; n, behind them, for a no-op's."""
+    sizes = [c.num_computing for c in cohorts]
     if sum(sizes) == num_experts:
         return expert_P
     ids = [torch.arange(f, f + size, device=expert_P.device) for f, size in zip(first_id, sizes, strict=True)]
-    row_N = torch.zeros(num_experts, dtype=torch.int64, device=expert_P.device)
+    row_N = torch.full((num_experts,), sum(sizes), device=expert_P.device)
     row_N = row_N.index_copy(0, torch.cat(ids), torch.arange(sum(sizes), device=expert_P.device))
     return row_N[expert_P]

@@ -10,8 +10,9 @@ from collections.abc import Hashable, Mapping
 import torch
 from torch import Tensor
 
+from cl_moe.layers.expert_layer import ExpertLayer
 from cl_moe.layers.ranks import sum_over_ranks
-from cl_moe.layers.routing import ExpertLayer, Routing, fold_load
+from cl_moe.layers.routing import Routing, fold_load
 
 
 class StepLoads:

@@ -38,8 +38,19 @@ def flat_tokens(x: Tensor, mask: Tensor | None) -> Tokens:
     return Tokens(x_TD, valid_T, group_size)
 
 
-def check_fits(x: Tensor, mask: Tensor | None, dim: int, device: torch.device) -> None:
-    """Refuse shapes, dtypes and devices that would otherwise fail far from their cause."""
+def check_fits(x: Tensor, mask: Tensor | None, dim: int, like: Tensor) -> None:
+    """Refuse shapes, dtypes and devices that would otherwise fail far from their cause.
+
+    Half precision goes into a layer of float32 and back again, as under autocast; float64 is for a layer that
+    is float64 as a whole.
+
+    Args:
+        x: what the layer is given.
+        mask: of padding, or None.
+        dim: width of the layer.
+        like: one of the layer's weights, for device and dtype.
+    """
+    device = like.device
     if x.shape[-1:] != (dim,) or not x.is_floating_point():
         raise InputError(
             got=f"x of shape {tuple(x.shape)} and dtype {x.dtype}",
@@ -49,6 +60,12 @@ def check_fits(x: Tensor, mask: Tensor | None, dim: int, device: torch.device) -
     if x.device != device:
         raise InputError(
             got=f"x on {x.device}", allowed=f"{device}, where the layer's weights are", key="x (or layer.to)"
+        )
+    if (x.dtype == torch.float64) != (like.dtype == torch.float64):
+        raise InputError(
+            got=f"x of dtype {x.dtype} in a layer of {like.dtype}",
+            allowed=f"{like.dtype}, or both float64",
+            key="x (or layer.to)",
         )
     if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
         raise InputError(

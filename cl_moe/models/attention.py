@@ -13,7 +13,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from cl_moe.errors import InputError
-from cl_moe.layers.routing import ExpertLayer, Routing
+from cl_moe.layers.dense import DenseFFN
+from cl_moe.layers.expert_layer import ExpertLayer
+from cl_moe.layers.routing import Routing
 from cl_moe.models.slots import LayerFactory
 
 Projection = Literal["query", "key", "value", "output"]
@@ -80,15 +82,16 @@ class Attention(nn.Module):
             cohorts: let expert layers use these cohorts only.
         """
         batch, length, width = x_BSD.shape
+        head_width = width // self.num_heads
         routings: dict[str, Routing] = {}
         parts = {}
         if self.qkv is not None:
-            heads = self.qkv(x_BSD).view(batch, length, len(self.fused), self.num_heads, -1)
+            heads = self.qkv(x_BSD).view(batch, length, len(self.fused), self.num_heads, head_width)
             parts = dict(zip(self.fused, heads.permute(2, 0, 3, 1, 4).unbind(0), strict=True))
         for name in PROJECTIONS[:3]:
             if name in self.experts:
                 out_BSD, routings[name] = self.experts[name](x_BSD, mask=mask, cohorts=cohorts)
-                parts[name] = out_BSD.view(batch, length, self.num_heads, -1).transpose(1, 2)
+                parts[name] = out_BSD.view(batch, length, self.num_heads, head_width).transpose(1, 2)
         visible = None if self.causal else _visible(mask)
         mixed_BHSd = F.scaled_dot_product_attention(
             parts["query"], parts["key"], parts["value"], attn_mask=visible, is_causal=self.causal
@@ -112,7 +115,9 @@ class Mixer(nn.Module):
         layer: LayerFactory | None = None,
     ) -> None:
         super().__init__()
-        experts = {name: layer(dim=width) for name in projections} if layer is not None else {}
+        made = {name: layer(dim=width) for name in projections} if layer is not None else {}
+        # with layer=dense a projection stays what it is elsewhere: one linear map, not a feed-forward layer
+        experts = {name: one for name, one in made.items() if not isinstance(one, DenseFFN)}
         self.norm = nn.RMSNorm(width)
         self.attention = Attention(width, num_heads, causal, experts)
 

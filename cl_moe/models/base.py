@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from cl_moe.layers.routing import ExpertLayer, Routing
+from cl_moe.layers.expert_layer import ExpertLayer
+from cl_moe.layers.routing import Routing
 from cl_moe.stream import Kind
 
 

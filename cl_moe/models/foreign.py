@@ -15,8 +15,9 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from cl_moe.errors import InputError
+from cl_moe.layers.expert_layer import ExpertLayer
 from cl_moe.layers.recomputing import recomputing
-from cl_moe.layers.routing import ExpertLayer, Routing
+from cl_moe.layers.routing import Routing
 from cl_moe.layers.upcycle import linear_maps
 from cl_moe.layers.upcycle import upcycle as upcycle_layer
 
@@ -84,6 +85,7 @@ def put_experts(
     dim: int | None = None,
     upcycle: bool = False,
     exact: bool = True,
+    causal: bool = False,
 ) -> dict[str, ExpertLayer]:
     """Put expert layers into the places of a model's feed-forward layers; nothing is replaced on an error.
 
@@ -97,13 +99,15 @@ def put_experts(
         dim: D; None: found from the linear maps of what is replaced.
         upcycle: experts start as copies of the layer that they replace: see ``layers.upcycle``.
         exact: of an upcycled model: refuse experts that would change what the model computes.
+        causal: the model is a causal language model: refuse layers that look ahead.
 
     Returns:
         The new layers by the names of the slots, for growing and freezing.
 
     Raises:
         InputError: no module has such a name (the nearest names are listed), one match stands inside
-            another, the width cannot be found, or upcycling cannot be.
+            another, it holds experts already, the width cannot be found, upcycling cannot be, or a layer
+            looks ahead in a causal model.
     """
     made: dict[int, ExpertSlot] = {}
     places = {name: old for name, old in model.named_modules(remove_duplicate=False) if name}
@@ -112,6 +116,8 @@ def put_experts(
     for name, old in matches.items():
         if id(old) not in made:
             new = _instead_of(old, name, layer, dim, model)
+            if causal:
+                _check_causal(new, type(model).__name__)
             if upcycle:
                 upcycle_layer(new, old, exact=exact)
             made[id(old)] = ExpertSlot(new, name).train(old.training)
@@ -167,7 +173,13 @@ def _check_matches(matches: dict[str, nn.Module], names: list[str], pattern: str
             allowed="a pattern of its modules' names, such as " + (", ".join(near) or "... it has none"),
             key="pattern",
         )
-    for name in matches:
+    for name, old in matches.items():
+        if any(_has_experts(part) for part in old.modules()):
+            raise InputError(
+                got=f"pattern={pattern}, which takes {name}, where experts stand already",
+                allowed="places without experts: a second call would lose those of the first",
+                key="pattern",
+            )
         inside = next((other for other in matches if other.startswith(f"{name}.")), None)
         if inside is not None:
             raise InputError(
@@ -187,6 +199,22 @@ def _instead_of(
         )
     like = [p for module in (old, model) for p in module.parameters() if p.is_floating_point()]
     return new.to(like[0]) if like else new
+
+
+def _has_experts(part: nn.Module) -> bool:
+    return isinstance(part, ExpertSlot) or (isinstance(part, ExpertLayer) and len(part.cohorts) > 0)
+
+
+def _check_causal(layer: ExpertLayer, model: str) -> None:
+    if layer.causal:
+        return
+    router = getattr(layer, "router", None)
+    seer = type(layer).__name__ + (f" with {type(router).__name__}" if router is not None else "")
+    raise InputError(
+        got=f"{seer}, which sees later tokens, in {model}",
+        allowed="a causal layer and router in a causal language model",
+        key="router (or layer, or model)",
+    )
 
 
 def width_of(module: nn.Module, name: str) -> int:

@@ -60,14 +60,7 @@ class HuggingFaceLM(ContinualModel):
         width = int(self.body.config.hidden_size)  # type: ignore[union-attr, arg-type]
         # Only a layer that was built says whether it is a dense one.
         if not isinstance(layer(dim=width), DenseFFN):
-            put_experts(self.body, pattern, layer, upcycle=upcycle)
-        for slot in self._slots.values():
-            if not slot.layer.causal:
-                raise InputError(
-                    got=f"{_describe(slot.layer)}, which sees later tokens, in {model_type}",
-                    allowed="a causal layer and router in a causal language model",
-                    key="router (or layer, or model)",
-                )
+            put_experts(self.body, pattern, layer, upcycle=upcycle, causal=True)
         self.head = Head(width)
         self.head.grow(range(num_classes))
 
@@ -177,11 +170,6 @@ def _check_causal(body: nn.Module, num_classes: int, context: int) -> None:
             allowed="a causal language model (for some families config.is_decoder=true)",
             key="model.config.is_decoder (or model.model_type)",
         )
-
-
-def _describe(layer: nn.Module) -> str:
-    router = getattr(layer, "router", None)
-    return type(layer).__name__ + (f" with {type(router).__name__}" if router is not None else "")
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from cl_moe.layers.routing import ExpertLayer
+from cl_moe.layers.expert_layer import ExpertLayer
 
 
 def inherit(model: nn.Module, values: Mapping[str, Tensor]) -> list[str]:

@@ -31,6 +31,9 @@ class MLPClassifier(ContinualModel):
         ffn_hidden: inner width of dense slots; None for one linear map.
         slots: which blocks take ``layer``: see ``slot_blocks``.
         residual: add a slot's input to its output before the ReLU.
+
+    Raises:
+        InputError: also for a router of whose experts none would ever have a slot for a single token.
     """
 
     kind = "classification"
@@ -52,6 +55,8 @@ class MLPClassifier(ContinualModel):
         self.stem = nn.Linear(math.prod(input_shape), width)
         self.blocks = fill_slots(slots, num_blocks, width, layer, ffn_hidden, "relu")
         self.relus = nn.ModuleList(nn.ReLU() for _ in self.blocks)
+        for slot in self.expert_layers.values():
+            slot.check_length(1)  # every input is one token
         self.head = Head(width)
 
     @property

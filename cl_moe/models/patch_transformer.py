@@ -75,7 +75,7 @@ class PatchTransformer(TransformerBody):
         self, inputs: Tensor, mask: Tensor | None = None, cohorts: Sequence[int] | None = None
     ) -> tuple[Tensor, dict[int, Routing]]:
         """Logits (B, C) of images (B, ...), and the routings by block."""
-        if not inputs.is_floating_point() or inputs[0].numel() != math.prod(self.image):
+        if not inputs.is_floating_point() or inputs.shape[1:].numel() != math.prod(self.image):
             raise InputError(
                 got=f"inputs of shape {tuple(inputs.shape)} and dtype {inputs.dtype}",
                 allowed=f"floating images of {math.prod(self.image)} values",

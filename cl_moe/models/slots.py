@@ -9,7 +9,7 @@ from torch import nn
 
 from cl_moe.errors import InputError
 from cl_moe.layers.dense import DenseFFN
-from cl_moe.layers.routing import ExpertLayer
+from cl_moe.layers.expert_layer import ExpertLayer
 
 Slots = Literal["all", "every_other", "middle", "added"]
 LayerFactory = Callable[..., ExpertLayer]

@@ -74,8 +74,9 @@ class TextClassifier(TransformerBody):
         """
         x_BSD = embed(inputs, self.tokens, self.positions)
         real_BS = inputs != PADDING if mask is None else mask
-        all_real = bool(real_BS.all())
-        out_BSD, routings = self._through_blocks(x_BSD, None if all_real else real_BS, cohorts)
+        needless = inputs.is_cpu and not torch.compiler.is_compiling() and bool(real_BS.all())
+        # elsewhere the question would make every step wait for the device, or cut the graph
+        out_BSD, routings = self._through_blocks(x_BSD, None if needless else real_BS, cohorts)
         return self.head(self._pool(out_BSD, real_BS)), routings
 
     @abstractmethod

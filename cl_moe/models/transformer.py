@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from cl_moe.errors import InputError
 from cl_moe.layers.depth import DepthRouter
-from cl_moe.layers.routing import ExpertLayer, Routing
+from cl_moe.layers.expert_layer import ExpertLayer
+from cl_moe.layers.routing import Routing
 from cl_moe.models.attention import PROJECTIONS, Mixer, attention_projections
 from cl_moe.models.base import ContinualModel, active_parameters, depth_key
 from cl_moe.models.slots import LayerFactory, fill_slots, slot_blocks

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_moe.layers.activity import Activity, of_units
-from cl_moe.layers.routing import ExpertLayer
+from cl_moe.layers.expert_layer import ExpertLayer
 from cl_moe.models.base import ContinualModel
 
 POSITIONS = 4

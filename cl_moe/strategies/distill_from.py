@@ -84,6 +84,8 @@ class DistillFrom(Strategy):
         if step.targets.dim() > 1:
             asked_BS = step.targets != IGNORE  # no padding, and of a masked text only what was hidden
             student, answer = student[asked_BS], answer[asked_BS]
+        if len(student) == 0:  # nothing is asked of this batch, and a mean over nothing is NaN
+            return {}
         return {
             "distill_hard": (self.hard - 1.0) * step.task_loss,
             "distill_soft": self.soft * distillation_loss(student, answer, self.temperature),

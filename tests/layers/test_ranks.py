@@ -2,18 +2,54 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch import multiprocessing, nn
 
-from cl_moe.layers import PEER, MoE, Scores, StepLoads, Switch, TopK
+from cl_moe.layers import (
+    PEER,
+    Capacity,
+    ExpertChoice,
+    GShard,
+    MixtureOfDepths,
+    MoE,
+    Scores,
+    StepLoads,
+    Switch,
+    TopK,
+)
 
-NAMES = ("switch", "top_k", "loss_free", "peer")
+ROUTERS = {
+    "switch": lambda dim: Switch(dim, jitter=0, balance=1.0),
+    "top_k": TopK,
+    "z_loss": lambda dim: TopK(dim, 2, balance=1.0, z_loss=1.0),
+    "sigmoid": lambda dim: TopK(dim, 2, balance=1.0, scores=Scores("sigmoid")),
+    "loss_free": lambda dim: TopK(dim, 2, scores=Scores("sigmoid", 1e-3)),
+    "gshard": lambda dim: GShard(
+        dim, second="all", balance=1.0, z_loss=1.0, capacity=Capacity(1.0, min_slots=1)
+    ),
+    "gshard, loss-free": lambda dim: GShard(dim, second="all", scores=Scores("softmax", 1e-3)),
+    "expert_choice": lambda dim: ExpertChoice(dim, capacity_factor=1.0, z_loss=1.0),
+}
+NAMES = (*ROUTERS, "shared", "depth", "peer")
+
+
+class Plain(nn.Module):
+    """A residual block for Mixture-of-Depths that holds experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = MoE(8, 4, 8, ROUTERS["top_k"])
+
+    def forward(self, x, mask=None):
+        out, routing = self.experts(x, mask=mask)
+        return x + out, routing
 
 
 def losses(layer, x):
     out, routing = layer(x)
     loads = StepLoads()
-    loads.add({0: layer}, {0: routing})
-    loads.apply({0: layer})  # moves a buffer, which the test compares
+    if not isinstance(layer, MixtureOfDepths):
+        loads.add({0: layer}, {0: routing})
+        loads.apply({0: layer})  # moves a buffer, which the test compares
     # a mean over tokens, so that the average over ranks of the ranks' losses is the loss of the whole batch
     return out.square().mean() + sum(routing.losses.values())
 
@@ -22,9 +58,11 @@ def build(name):
     torch.manual_seed(0)
     if name == "peer":
         return PEER(8, 16, heads=2, k=3)
-    if name == "loss_free":
-        return MoE(8, 4, 8, lambda dim: TopK(dim, 2, scores=Scores("sigmoid", 1e-3)))
-    return MoE(8, 4, 8, (lambda dim: Switch(dim, jitter=0, balance=1.0)) if name == "switch" else TopK)
+    if name == "depth":
+        return MixtureOfDepths(Plain(), 8, capacity=0.5)
+    if name == "shared":
+        return MoE(8, 4, 8, ROUTERS["top_k"], num_shared=2)
+    return MoE(8, 4, 8, ROUTERS[name])
 
 
 def work(rank, folder):
@@ -58,3 +96,5 @@ def test_two_ranks_learn_what_one_learns_from_the_whole_batch(tmp_path):
                 torch.testing.assert_close(ours, parameter.grad, atol=1e-6, rtol=1e-4)
             for ours, buffer in zip(buffers, layer.buffers(), strict=True):
                 torch.testing.assert_close(ours, buffer)
+        if "free" in name:
+            assert layer.cohorts[0].selection_bias.abs().max() > 0, "balanced at all"

@@ -28,9 +28,9 @@ ROUTERS = {
 }
 
 
-def build(name, dim=4, sizes=(3, 2), seed=0):
+def build(name, dim=4, sizes=(3, 2), seed=0, **options):
     torch.manual_seed(seed)
-    layer = MoE(dim, sizes[0], 4, ROUTERS[name])
+    layer = MoE(dim, sizes[0], 4, ROUTERS[name], **options)
     for size in sizes[1:]:
         layer.grow(size)
     for cohort in layer.cohorts:
@@ -85,9 +85,10 @@ def choices(router, tokens, biases, training):
     return pairs, [(t, e) for t, best in enumerate(ranked) for e in best[:counted]]
 
 
-def naive(layer, x_GSD, mask_GS):
-    """Output, number of pairs computed, and auxiliary losses."""
-    experts = [(c, e) for c in layer.cohorts for e in range(c.num_experts)]
+def naive(layer, x_GSD, mask_GS, cohorts=None):
+    """Output, number of pairs kept, and auxiliary losses."""
+    chosen = [c for i, c in enumerate(layer.cohorts) if cohorts is None or i in cohorts]
+    experts = [(c, e) for c in chosen for e in range(c.num_experts)]
     biases = [0.0 if c.selection_bias is None else c.selection_bias[e].item() for c, e in experts]
     out, computed, counted, shares, squares = torch.zeros_like(x_GSD), 0, [], [], []
     rows = [list(row) for row in out]
@@ -97,7 +98,11 @@ def naive(layer, x_GSD, mask_GS):
         pairs, choice = choices(layer.router, tokens, biases, layer.training)
         for t, index, gate in pairs:
             c, e = experts[index]
+            if e >= len(c.w_in):  # a no-op: it has a key and adds nothing
+                continue
             hidden = c.activation(x_GSD[g, real[t]] @ c.w_in[e] + c.b_in[e])
+            if c.w_up is not None:
+                hidden = hidden * (x_GSD[g, real[t]] @ c.w_up[e] + c.b_up[e])
             rows[g][real[t]] = rows[g][real[t]] + gate * (hidden @ c.w_out[e] + c.b_out[e])
         computed += len(pairs)
         for t, logits in enumerate(tokens):
@@ -124,9 +129,12 @@ def gradients(layer, x, out, losses):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_noops": 2}, {"glu": True, "activation": "silu"}], ids=["plain", "noops", "glu"]
+)
 @pytest.mark.parametrize("name", ROUTERS)
-def test_forward_losses_and_gradients_equal_the_loops(name, dtype):
-    layer = build(name).to(dtype)
+def test_forward_losses_and_gradients_equal_the_loops(name, options, dtype):
+    layer = build(name, **options).to(dtype)
     x = torch.randn(2, 7, 4, dtype=dtype, requires_grad=True)
     mask = torch.rand(2, 7) > 0.2
     out, routing = layer(x, mask)
@@ -148,20 +156,45 @@ def test_forward_losses_and_gradients_equal_the_loops(name, dtype):
 def test_any_shape_mask_and_crowd_equals_the_loops(data):
     name = data.draw(st.sampled_from(sorted(ROUTERS)))
     sizes = data.draw(st.lists(st.integers(1, 3), min_size=0, max_size=2))
-    layer = build(name, sizes=(3, *sizes), seed=data.draw(st.integers(0, 9)))
+    options = {"num_noops": data.draw(st.integers(0, 2)), "glu": data.draw(st.booleans())}
+    layer = build(name, sizes=(3, *sizes), seed=data.draw(st.integers(0, 9)), **options)
     layer.train(data.draw(st.booleans()))
     groups, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
     if data.draw(st.booleans()):  # all tokens to one expert, most experts empty
         with torch.no_grad():
-            layer.cohorts[-1].key[0] = 3.0
+            layer.cohorts[-1].key[data.draw(st.sampled_from([0, -1]))] = 3.0
     x = torch.rand(groups, length, 4) + 0.1 if data.draw(st.booleans()) else torch.randn(groups, length, 4)
     mask = torch.rand(groups, length) > data.draw(st.sampled_from([-1.0, 0.4, 1.0]))
-    out, routing = layer(x, mask)
-    expected, computed, losses = naive(layer, x, mask)
+    cohorts = [0, *data.draw(st.sets(st.integers(1, max(len(sizes), 1)), max_size=len(sizes)))]
+    if data.draw(st.booleans()):
+        layer, x = layer.double(), x.double()
+    if length == 1 and name not in ("gshard_none", "expert_choice_floor") and data.draw(st.booleans()):
+        out, routing = layer(x[:, 0], mask[:, 0], cohorts)  # single tokens
+        out = out.unsqueeze(1)
+    else:
+        out, routing = layer(x, mask, cohorts)
+    expected, computed, losses = naive(layer, x, mask, cohorts)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
     assert int(routing.kept.sum()) == computed
     for key, loss in routing.losses.items():
-        torch.testing.assert_close(loss, torch.as_tensor(losses.get(key, 0.0)), atol=1e-6, rtol=1e-4)
+        expected = torch.as_tensor(losses.get(key, 0.0)).to(loss)
+        torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_shared": 1}, {"glu": True, "num_noops": 1}])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_bfloat16_weights_choose_as_the_same_in_float32_and_compute_close_to_them(name, options):
+    layer = build(name, **options).to(torch.bfloat16)
+    wide = build(name, **options)
+    wide.load_state_dict({key: value.float() for key, value in layer.state_dict().items()})
+    x = torch.randn(2, 9, 4).bfloat16()
+    mask = torch.rand(2, 9) > 0.2
+    (out, routing), (expected, same) = layer(x, mask), wide(x.float(), mask)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(routing.expert, same.expert)
+    assert torch.equal(routing.kept, same.kept)
+    assert torch.equal(routing.weight, same.weight)
+    torch.testing.assert_close(out.float(), expected, atol=0.03, rtol=0.03)
 
 
 @pytest.mark.parametrize("name", ROUTERS)

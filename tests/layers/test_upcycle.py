@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import permutations
 
 import pytest
 import torch
@@ -28,15 +29,31 @@ class Conv1D(nn.Module):
 
 
 class Gated(nn.Module):
-    """A gated linear unit, as in Llama."""
+    """A gated linear unit, as in Llama; its maps registered in some order."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, order: tuple[str, ...] = ("gate", "up", "down"), dim: int = 4, hidden: int = 6
+    ) -> None:
         super().__init__()
-        self.gate, self.up = nn.Linear(4, 6), nn.Linear(4, 6)
-        self.down = nn.Linear(6, 4)
+        for name in order:
+            self.add_module(name, nn.Linear(*((hidden, dim) if name == "down" else (dim, hidden))))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.relu(self.gate(x)) * self.up(x))
+
+
+class Fused(nn.Module):
+    """A gated linear unit with one map for both factors, as in Phi-3; or with its halves exchanged."""
+
+    def __init__(self, gate_first: bool, bias: bool) -> None:
+        super().__init__()
+        self.both, self.down = nn.Linear(4, 12, bias=bias), nn.Linear(6, 4, bias=bias)
+        self.gate_first = gate_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.both(x).chunk(2, dim=-1)
+        gate, up = (one, other) if self.gate_first else (other, one)
+        return self.down(up * torch.relu(gate))
 
 
 def mixture(dim: int = 4, hidden: int | None = 6, **options: object) -> MoE:
@@ -81,14 +98,33 @@ def test_every_expert_is_a_copy_and_the_source_stays(dense):
     num_experts=st.integers(1, 5),
     k=st.integers(1, 5),
     tokens=st.integers(1, 7),
-    activation=st.sampled_from(["relu", "gelu"]),
+    activation=st.sampled_from(["relu", "gelu", "gelu_tanh", "silu"]),
+    glu=st.booleans(),
 )
-def test_the_function_is_unchanged(dim, hidden, num_experts, k, tokens, activation):
-    dense = DenseFFN(dim, hidden, activation).double()
+def test_the_function_is_unchanged(dim, hidden, num_experts, k, tokens, activation, glu):
+    dense = DenseFFN(dim, hidden, activation, glu).double()
     router = partial(TopK, k=min(k, num_experts))
-    layer = MoE(dim, num_experts, hidden, router, activation).double()
+    layer = MoE(dim, num_experts, hidden, router, activation, glu=glu).double()
     upcycle(layer, dense)
     x = torch.randn(2, tokens, dim, dtype=torch.float64)
+    torch.testing.assert_close(layer(x)[0], answer(dense, x), rtol=1e-10, atol=1e-10)
+
+
+GATED = {
+    **{"-".join(order): partial(Gated, order) for order in permutations(("gate", "up", "down"))},
+    "square": partial(Gated, dim=4, hidden=4),
+    **{f"fused {first} {bias}": partial(Fused, first, bias) for first in (True, False) for bias in (0, 1)},
+}
+
+
+@pytest.mark.parametrize("dense", GATED.values(), ids=GATED)
+def test_a_gated_unit_is_read_by_what_it_computes(dense):
+    torch.manual_seed(0)
+    dense = dense().double()
+    layer = mixture(hidden=4 if dense.down.in_features == 4 else 6, glu=True).double()
+    upcycle(layer, dense)
+    assert torch.equal(layer.cohorts[0].w_out[2], dense.down.weight.t())
+    x = torch.randn(9, 4, dtype=torch.float64)
     torch.testing.assert_close(layer(x)[0], answer(dense, x), rtol=1e-10, atol=1e-10)
 
 
@@ -151,7 +187,13 @@ def test_sigmoid_scores_that_are_normalised_and_dropout_pass():
     ("layer", "dense", "message"),
     [
         (lambda: PEER(4, 16), DenseFFN(4, 6), "upcycling into PEER"),
-        (mixture, Gated(), "a gated unit has three"),
+        (mixture, Gated(), "a gated unit has three; experts have them with layer.glu=true"),
+        (partial(mixture, glu=True), DenseFFN(4, 6), "with 2 linear maps"),
+        (partial(mixture, glu=True, activation="silu"), Gated(), "computes something else"),
+        (partial(mixture, glu=True, hidden=5), Gated(), "allowed: hidden=6 and dim=4"),
+        (partial(mixture, glu=True, bias=False), Gated(), "layer.bias"),
+        (partial(mixture, activation="gelu_tanh"), DenseFFN(4, 6, "gelu"), "computes something else"),
+        (mixture, Fused(True, True), "experts of 4 x 6 for a map of 4 x 12"),
         (mixture, DenseFFN(4), "with 1 linear maps"),
         (mixture, DenseFFN(4, 6, "gelu"), "computes something else"),
         (mixture, nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)), "computes something else"),
@@ -166,3 +208,40 @@ def test_what_cannot_be_copied_is_refused(layer, dense, message):
     if message == "computes something else":
         with pytest.raises(InputError, match=message):
             upcycle(layer(), dense, exact=False)
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "key"),
+    [
+        (partial(mixture, num_shared=1), {}, "router.normalize (or exact)"),
+        (mixture, {"noise": -1.0}, "noise"),
+        (mixture, {"noise": float("nan")}, "noise"),
+    ],
+)
+def test_a_refused_layer_is_as_it_was(layer, options, key):
+    into = layer()
+    before = {name: value.clone() for name, value in into.state_dict().items()}
+    with pytest.raises(InputError) as caught:
+        upcycle(into, DenseFFN(into.dim, into.hidden), **options)
+    assert caught.value.key == key
+    assert all(torch.equal(value, before[name]) for name, value in into.state_dict().items())
+
+
+def test_frozen_experts_are_not_overwritten_unless_a_fresh_layer_is_filled():
+    into = mixture()
+    dense = DenseFFN(into.dim, into.hidden)
+    into.freeze([0])
+    into.grow(2)
+    before = into.cohorts[0].w_in.clone()
+    with pytest.raises(InputError, match="frozen"):
+        upcycle(into, dense)
+    assert torch.equal(into.cohorts[0].w_in, before)
+    upcycle(into, dense, allow_frozen=True)
+    assert torch.equal(into.cohorts[0].w_in[0], dense.linear_in.weight.t())
+    assert into.frozen_cohorts == (True, False)
+
+
+def test_a_list_of_layers_computes_nothing_to_be_copied():
+    maps = nn.ModuleList([nn.Linear(4, 8), nn.Linear(8, 4)])
+    with pytest.raises(InputError, match="ModuleList, which computes nothing by itself"):
+        upcycle(mixture(4, 8), maps)

@@ -8,13 +8,14 @@ from functools import partial
 import pytest
 import torch
 
-from cl_moe.layers import PEER, PKM, DenseFFN, MoE, Switch, TopK
+from cl_moe.layers import PEER, PKM, DenseFFN, GShard, MoE, Switch, TopK
 from cl_moe.models import DecoderLM, MLPClassifier
 from cl_moe.seeds import seeded
 
 LAYERS = {
     "moe": partial(MoE, num_experts=4, hidden=8, router=partial(TopK, k=2)),
     "switch": partial(MoE, num_experts=4, hidden=8, router=Switch),
+    "gshard": partial(MoE, num_experts=4, hidden=8, router=partial(GShard, second="none")),
     "peer": partial(PEER, num_experts=16, heads=2, k=4, key_dim=8),
     "pkm": partial(PKM, num_experts=16, heads=2, k=4, key_dim=8),
     "dense": DenseFFN,

@@ -24,8 +24,10 @@ BODIES = {
     "encoder_classifier": ["stream=split_texts", "stream.train_windows=8", "stream.test_windows=4", *TEXT],
     "decoder_classifier": ["stream=split_texts", "stream.train_windows=8", "stream.test_windows=4", *TEXT],
     "patch_transformer": ["stream=split_digits", "trainer.epochs=1", "trainer.batch_size=256"],
+    "mlp": ["stream=split_digits", "trainer.epochs=1", "trainer.batch_size=256"],
 }
-SMALL = ["model.width=8", "model.num_heads=2", "model.num_blocks=2", "model.ffn_hidden=8", "tracking=none"]
+MLP = ["model.width=8", "model.num_blocks=2", "model.ffn_hidden=8", "tracking=none"]
+SMALL = [*MLP, "model.num_heads=2"]
 FEW = {"moe": ["layer.num_experts=4", "layer.hidden=8"], "dense": []}
 GRID = ["layer.num_experts=16", "layer.k=4"]
 ROUTERS = sorted(path.stem for path in (ROOT / "router").glob("*.yaml"))
@@ -33,6 +35,7 @@ LAYERS = [("moe", router) for router in ROUTERS] + [
     (path.stem, "") for path in sorted((ROOT / "layer").glob("*.yaml")) if path.stem != "moe"
 ]
 LOOK_AHEAD = {"gshard", "expert_choice"}
+WAYS = [("fresh", "past_experts"), ("copy", "all_past"), ("zero_output", "past_experts_and_router")]
 
 
 PAIRS = [(body, *layer) for body in BODIES for layer in LAYERS]
@@ -45,11 +48,13 @@ def train(composed: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
 
     def run_pair(body: str, layer: str, router: str) -> None:
-        words = [*BODIES[body], f"model={body}", f"layer={layer}", *SMALL, *FEW.get(layer, GRID)]
+        small = MLP if body == "mlp" else SMALL
+        words = [*BODIES[body], f"model={body}", f"layer={layer}", *small, *FEW.get(layer, GRID)]
         words += [f"router={router}"] if router else []
         if layer != "dense":
             words += ["growth=every_experience", f"growth.num_experts={4 if layer == 'moe' else 16}"]
-            words += ["freeze=past_experts", "growth.init=fresh"]
+            init, freeze = WAYS[(list(BODIES).index(body) + LAYERS.index((layer, router))) % len(WAYS)]
+            words += [f"freeze={freeze}", f"growth.init={init}"]
         config = composed(*words, "stream.tune_on_first=2", f"output_dir={tmp_path}")
         if router in LOOK_AHEAD and body.startswith("decoder"):
             with pytest.raises(InputError, match="looks ahead"):
@@ -109,6 +114,14 @@ def test_depth_and_projections_through_the_command_line(body: str, command) -> N
         (["model=patch_transformer", "model.attention_slots=[q]"], "model.attention_slots"),
         (["model=patch_transformer", "stream=text_domains"], "model (or stream)"),
         (["model=decoder", "stream=text_domains", "layer=moe", "router=expert_choice"], "router (or model)"),
+        (
+            ["layer=moe", "router=expert_choice", "router.rounding=floor"],
+            "router.rounding (or router.capacity_factor, model)",
+        ),
+        (
+            ["layer=peer", *GRID, "layer.retrieval.grow_by=shell", "growth=at", "growth.events={1:65}"],
+            "growth.num_experts",
+        ),
     ],
 )
 def test_a_pair_that_cannot_be_is_one_message(words: list[str], key: str, command) -> None:

@@ -7,7 +7,7 @@ from cl_moe.errors import InputError
 from cl_moe.layers import DenseFFN
 from cl_moe.models import DecoderLM
 
-LAYERS = ["dense", "moe", "switch", "peer"]
+LAYERS = ["dense", "moe", "switch", "gshard", "peer", "pkm"]
 
 
 def tokens(rows: int = 4, length: int = 12) -> torch.Tensor:
@@ -56,7 +56,7 @@ def test_padding_at_the_end_changes_nothing_else(new_decoder, layer: str, traini
         assert (weight[~mask.flatten()[token]] == 0).all()
 
 
-@pytest.mark.parametrize("layer", ["dense", "moe", "switch", "peer"])
+@pytest.mark.parametrize("layer", LAYERS)
 def test_a_padded_row_equals_the_short_row(new_decoder, layer: str) -> None:
     model, inputs = new_decoder(layer).eval(), tokens()
     mask = (torch.arange(12) < 7).expand(4, 12)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cl_moe.errors import InputError
-from cl_moe.layers import PEER, DenseFFN, MoE, Routing, Switch, TopK, fold_load
+from cl_moe.layers import PEER, DenseFFN, ExpertChoice, GShard, MoE, Routing, Switch, TopK, fold_load
 from cl_moe.models.foreign import collecting, put_experts
 
 D, H = 8, 16
@@ -257,3 +257,27 @@ def test_an_upcycled_model_computes_what_it_did(activation: type[nn.Module], k: 
     fresh = Stranger(activation).double().eval()
     put_experts(fresh, "*.mlp", FEW)
     assert not torch.allclose(fresh(x.double()), before), "fresh experts would pass this test too"
+
+
+@pytest.mark.parametrize("pattern", ["*.mlp", "blocks.1", "blocks.*.mlp.layer"])
+def test_experts_that_are_there_are_not_lost_to_a_second_call(pattern: str, x: Tensor):
+    model = Stranger().eval()
+    put_experts(model, "blocks.[12].mlp", FEW)
+    before = model(x)
+    with pytest.raises(InputError, match="where experts stand already") as caught:
+        put_experts(model, pattern, FEW, dim=D)
+    assert caught.value.key == "pattern"
+    assert torch.equal(model(x), before)
+    assert list(put_experts(model, "blocks.0.mlp", FEW)) == ["blocks.0.mlp"], "free places stay free"
+
+
+@pytest.mark.parametrize("router", [ExpertChoice, GShard])
+def test_what_looks_ahead_is_refused_where_the_model_is_said_to_be_causal(router: type[nn.Module]):
+    model, layer = Stranger(), partial(MoE, num_experts=4, router=router)
+    with pytest.raises(InputError, match=f"MoE with {router.__name__}, which sees later tokens, in Stranger"):
+        put_experts(model, "*.mlp", layer, causal=True)
+    assert isinstance(model.blocks[0].mlp, nn.Sequential), "nothing is replaced on an error"
+    put_experts(
+        model, "blocks.0.mlp", partial(layer, router=partial(router, allow_noncausal=True)), causal=True
+    )
+    put_experts(model, "blocks.1.mlp", layer)

@@ -105,8 +105,24 @@ def test_growth_freezing_and_old_cohorts():
     assert torch.equal(again(tokens())[0], model(tokens())[0])
 
 
-def test_an_upcycled_body_computes_what_it_did():
-    dense, sparse = (new_model(layer, upcycle=layer is FEW).double().eval() for layer in (OWN, FEW))
+GPT2 = {"n_embd": 16, "n_inner": 32, "n_layer": 2, "n_head": 2}
+PHI3 = SIZES | {"num_key_value_heads": 2, "pad_token_id": 0}
+FAMILIES = {
+    "gpt_neox": (("gpt_neox", SIZES), {"activation": "gelu"}),
+    "llama": (("llama", SIZES), {"activation": "silu", "glu": True, "bias": False}),
+    "phi3": (("phi3", PHI3), {"activation": "silu", "glu": True}),
+    "gpt2": (("gpt2", GPT2, "h.*.mlp"), {"activation": "gelu_tanh"}),
+}
+
+
+@pytest.mark.parametrize(("family", "formula"), FAMILIES.values(), ids=FAMILIES)
+def test_an_upcycled_body_computes_what_it_did(family, formula):
+    models = []
+    for layer in (OWN, partial(FEW, **formula)):
+        with seeded(0, "init"):
+            model = HuggingFaceLM((12,), 11, layer, *family, upcycle=layer is not OWN)
+        models.append(model.double().eval())
+    dense, sparse = models
     theirs = dict(dense.named_parameters())
     with torch.no_grad():  # the two drew different heads
         for name, parameter in sparse.named_parameters():
@@ -115,8 +131,8 @@ def test_an_upcycled_body_computes_what_it_did():
     torch.testing.assert_close(sparse(tokens())[0], dense(tokens())[0], rtol=1e-9, atol=1e-9)
 
 
-def test_a_gated_family_cannot_be_upcycled_and_says_so():
-    with pytest.raises(InputError, match="a gated unit has three"):
+def test_a_gated_family_needs_gated_experts_and_says_so():
+    with pytest.raises(InputError, match=r"a gated unit has three; .* layer\.glu=true"):
         new_model(model_type="llama", upcycle=True)
 
 
@@ -143,7 +159,7 @@ def test_a_family_without_a_causal_language_model_is_refused():
 
 
 def test_a_layer_that_sees_later_tokens_is_refused():
-    with pytest.raises(InputError, match="MoE with ExpertChoice, which sees later tokens, in gpt_neox"):
+    with pytest.raises(InputError, match="MoE with ExpertChoice, which sees later tokens, in GPTNeoXModel"):
         new_model(partial(MoE, num_experts=4, router=ExpertChoice))
 
 

@@ -1,10 +1,13 @@
 """The perceptron and its head."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from cl_moe.layers import DenseFFN
+from cl_moe.errors import InputError
+from cl_moe.layers import Capacity, DenseFFN, ExpertChoice, GShard, MoE, Switch
 from cl_moe.models import Head, MLPClassifier
 
 
@@ -109,3 +112,46 @@ def test_a_class_has_one_row(classes: list[int]) -> None:
     with pytest.raises(ValueError, match="class"):
         head.grow(classes)
     assert head.classes == [0, 1]
+
+
+NO_SLOTS = {
+    "switch": partial(Switch, min_capacity=0, rounding="floor"),
+    "gshard": partial(GShard, capacity=Capacity(2.0, 2.0, 0, "floor")),
+    "expert_choice": partial(ExpertChoice, rounding="floor"),
+}
+SOME = {
+    "switch": partial(Switch, min_capacity=1, rounding="floor"),
+    "switch_up": partial(Switch, min_capacity=0),
+    "gshard": partial(GShard, capacity=Capacity(2.0, 2.0, 0, "ceil")),
+    "expert_choice": ExpertChoice,
+    "expert_choice_all": partial(ExpertChoice, capacity_factor=4.0, rounding="floor"),
+}
+
+
+@pytest.mark.parametrize("name", NO_SLOTS)
+def test_a_router_without_a_slot_for_a_single_token_is_refused_at_once(name: str):
+    layer = partial(MoE, num_experts=4, hidden=8, router=NO_SLOTS[name])
+    with pytest.raises(InputError, match=rf"router={name}.*model=mlp") as caught:
+        MLPClassifier((4,), 2, layer, width=8)
+    assert caught.value.key.startswith("router.rounding")
+    assert "model" in caught.value.key
+    with pytest.raises(InputError, match="no expert ever has a slot"):
+        layer(dim=8)(torch.randn(5, 8))
+    assert layer(dim=8)(torch.randn(2, 16, 8))[1].kept.any(), "sequences are served"
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_one_with_a_slot_computes(name: str):
+    model = MLPClassifier((4,), 2, partial(MoE, num_experts=4, hidden=8, router=SOME[name]), width=8)
+    model.head.grow([0, 1])
+    assert model(torch.randn(5, 4))[1][0].kept.view(5, -1).any(dim=1).all()
+
+
+def test_slots_that_a_growth_takes_away_are_missed_at_the_next_pass():
+    layer = MoE(8, 4, 8, SOME["expert_choice_all"])
+    layer(torch.randn(5, 8))
+    layer.grow(1)
+    with pytest.raises(InputError) as caught:
+        layer(torch.randn(5, 8))
+    assert caught.value.key == "router.rounding (or router.capacity_factor, model)"
+    layer(torch.randn(5, 8), cohorts=[0])

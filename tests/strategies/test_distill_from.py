@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from cl_moe.errors import InputError
+from cl_moe.layers import DenseFFN
+from cl_moe.models import EncoderLM
 from cl_moe.strategies import DistillFrom, Outlook, Step
 from cl_moe.strategies.distill_from import OUTSIDE
+from cl_moe.stream import IGNORE
 
 INPUTS = torch.randn(16, 6, generator=torch.Generator().manual_seed(4))
 TARGETS = torch.arange(16) % 4
@@ -142,3 +145,17 @@ def test_without_a_teacher_nothing_begins(new_model) -> None:
 def test_shares_that_cannot_be_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(InputError, match=r"strategy\.distill_from"):
         DistillFrom(**options)
+
+
+def test_a_text_of_which_nothing_is_asked_has_no_share() -> None:
+    teacher, student = (EncoderLM((6,), 7, DenseFFN, width=8, num_heads=2, num_blocks=1) for _ in range(2))
+    strategy = DistillFrom()
+    strategy.learn_from(teacher)
+    strategy.begin(outlook_of(student))
+    inputs = torch.randint(7, (2, 6))
+    logits, routings = student(inputs)
+    for asked in (torch.zeros(2, 6, dtype=torch.bool), torch.arange(12).view(2, 6) == 3):
+        targets = inputs.masked_fill(~asked, IGNORE)
+        losses = strategy.loss(Step(student, inputs, targets, None, logits, routings, logits.sum()))
+        assert bool(losses) == bool(asked.any())
+        assert all(loss.isfinite() for loss in losses.values())

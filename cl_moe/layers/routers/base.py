@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from cl_moe.errors import InputError
+from cl_moe.layers.checks import number
 from cl_moe.layers.precision import no_autocast, wide
 from cl_moe.layers.ranks import sum_over_ranks
 from cl_moe.layers.routers.scores import Scores
-from cl_moe.layers.routing import Routing, Tokens
+from cl_moe.layers.routing import Routing
+from cl_moe.layers.tokens import Tokens
 from cl_moe.losses import load_balancing_loss, router_z_loss
 
 
@@ -47,11 +49,14 @@ class Router(nn.Module, ABC):
         balance: weight of the load balancing loss, >= 0.
         z_loss: weight of the router z-loss, >= 0.
         scores: how logits become scores, and the rate of loss-free balancing.
-        causal: whether what happens to a token may not depend on later ones of its sequence; a causal
-            language model refuses a router that says False.
+        causal: whether what happens to a token may not depend on what the later ones of its sequence are; a
+            causal language model refuses a router that says False. How many they are may matter: a capacity
+            counts the tokens of the whole sequence (``Capacity``).
+        dim: width of the layer that it was made for; None: of any, its keys know their width.
         cost_varies: whether what experts compute depends on the tokens, not on their number alone.
     """
 
+    dim: int | None = None
     balance: float
     z_loss: float
     scores: Scores = Scores()
@@ -74,6 +79,19 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def check_num_experts(self, num_experts: int) -> None:
         """Refuse a number of experts that this router cannot serve."""
+
+    def check_dim(self, dim: int) -> None:
+        """Refuse a layer of another width than the one that the router was made for."""
+        if self.dim is not None and self.dim != dim:
+            raise InputError(
+                got=f"{type(self).__name__}(dim={self.dim}) in a layer of width {dim}",
+                allowed=f"dim={dim}, or none",
+                key="router (or dim)",
+            )
+
+    def check_length(self, length: int, num_experts: int) -> None:
+        """Refuse sequences of so many tokens if none of them could ever be computed; by default all fit."""
+        return None
 
     def losses(
         self, logits_TC: Tensor, choice_TK: Tensor, valid_T: Tensor | None, live_C: Tensor
@@ -153,10 +171,9 @@ def check_k(k: int, num_experts: int) -> None:
 
 
 def check_coefficients(**coefficients: float) -> None:
-    """Refuse what is below 0."""
+    """Refuse what is below 0, or not finite."""
     for name, value in coefficients.items():
-        if not value >= 0:
-            raise InputError(got=f"{name}={value}", allowed="a number >= 0", key=f"router.{name}")
+        number(name, value, key=f"router.{name}")
 
 
 def check_option(name: str, value: str, allowed: Sequence[str]) -> None:

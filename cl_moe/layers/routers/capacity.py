@@ -5,23 +5,22 @@ Legend: T tokens, K choices per token, Q = K T choices in the order in which the
 
 from __future__ import annotations
 
-import math
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from cl_moe.errors import InputError
-from cl_moe.layers.routing import Tokens
-
-Rounding = Literal["ceil", "floor"]
+from cl_moe.layers.checks import number, whole
+from cl_moe.layers.rounding import Rounding, whole_share, whole_shares
+from cl_moe.layers.tokens import Tokens
 
 
 class Capacity:
     """Slots of an expert: ``real tokens of the sequence / experts x factor``, rounded, or a minimum.
 
     The share is counted within a sequence (2101.03961, equation 3, has it of a batch), so that no score
-    depends on what else is in a batch or on another rank.
+    depends on what else is in a batch or on another rank. It is counted of the whole sequence, so that a
+    prefix alone, which has fewer slots, may drop other tokens than the same prefix in a longer text. Among
+    single tokens, (T, D), every sequence has one, and no capacity of a slot or more ever binds.
 
     Args:
         factor: while training, > 0.
@@ -36,17 +35,25 @@ class Capacity:
         check_factor("capacity.factor", factor)
         check_factor("capacity.eval_factor", eval_factor)
         check_rounding("capacity.rounding", rounding)
-        if min_slots < 0:
-            raise InputError(
-                got=f"min_slots={min_slots}", allowed="a number >= 0", key="router.capacity.min_slots"
-            )
+        whole("min_slots", min_slots, least=0, key="router.capacity.min_slots")
         self.factor, self.eval_factor = factor, eval_factor
         self.min_slots, self.rounding = min_slots, rounding
 
     def slots(self, real_G: Tensor, num_candidates: int, training: bool) -> Tensor:
         """(G,) int64 slots per expert, for sequences of so many real tokens."""
         factor = self.factor if training else self.eval_factor
-        return rounded_share(real_G, factor, num_candidates, self.rounding).clamp_min(self.min_slots)
+        return whole_shares(real_G, factor, num_candidates, self.rounding).clamp_min(self.min_slots)
+
+    def check_length(self, length: int, num_candidates: int, router: str) -> None:
+        """Refuse sequences so short that no expert has a slot, while training or in evaluation."""
+        factor = min(self.factor, self.eval_factor)
+        if self.min_slots == 0 and whole_share(length, factor, num_candidates, self.rounding) == 0:
+            raise no_slots(
+                f"{router} with rounding={self.rounding}, a minimum of 0 and a factor of {factor} for "
+                f"{num_candidates} experts",
+                length,
+                "router.rounding (or router.min_capacity, router.capacity.min_slots, model)",
+            )
 
     def within(
         self, choice_TK: Tensor, sent_TK: Tensor, tokens: Tokens, num_candidates: int, training: bool
@@ -83,16 +90,19 @@ def real_per_group(tokens: Tokens) -> Tensor:
     return tokens.valid.reshape(groups, tokens.group_size).sum(dim=1)
 
 
-def rounded_share(real_G: Tensor, factor: float, num_candidates: int, rounding: Rounding) -> Tensor:
-    """(G,) int64: ``real x factor / candidates``, rounded."""
-    share_G = (real_G.double() * factor / num_candidates).round(decimals=9)  # 11.000000000000002 is 11
-    return (share_G.ceil() if rounding == "ceil" else share_G.floor()).long()
+def no_slots(got: str, length: int, key: str) -> InputError:
+    """What is said of a router that could not let any token of such sequences be computed."""
+    what = "single tokens (model=mlp)" if length == 1 else f"sequences of {length} tokens"
+    return InputError(
+        got=f"{got}, on {what}: no expert ever has a slot",
+        allowed="rounding=ceil, a minimum of a slot, or a model of sequences (patch_transformer, encoder)",
+        key=key,
+    )
 
 
 def check_factor(name: str, factor: float) -> None:
     """Refuse a factor that leaves no slots, or is no number."""
-    if not 0 < factor < math.inf:
-        raise InputError(got=f"{name.split('.')[-1]}={factor}", allowed="a number > 0", key=f"router.{name}")
+    number(name.split(".")[-1], factor, key=f"router.{name}", above=True)
 
 
 def check_rounding(name: str, rounding: str) -> None:

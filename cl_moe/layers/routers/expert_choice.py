@@ -6,13 +6,12 @@ K tokens that an expert takes at most of a sequence, P = R K pairs.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from cl_moe.errors import InputError
 from cl_moe.layers.precision import wide
+from cl_moe.layers.rounding import Rounding, whole_share, whole_shares
 from cl_moe.layers.routers.base import (
     Candidates,
     Router,
@@ -21,15 +20,10 @@ from cl_moe.layers.routers.base import (
     scores_for_life,
     uniform_keys,
 )
-from cl_moe.layers.routers.capacity import (
-    Rounding,
-    check_factor,
-    check_rounding,
-    real_per_group,
-    rounded_share,
-)
-from cl_moe.layers.routing import Routing, Tokens
+from cl_moe.layers.routers.capacity import check_factor, check_rounding, no_slots, real_per_group
+from cl_moe.layers.routing import Routing
 from cl_moe.layers.selection import top_k_first
+from cl_moe.layers.tokens import Tokens
 
 
 class ExpertChoice(Router):
@@ -39,12 +33,13 @@ class ExpertChoice(Router):
     the ``n c / e`` with the highest S, and S is the gate. So every expert has the same load, no balance loss
     is needed, and a token may go to several experts or to none (its output is then 0). Ties go to the earlier
     token. A group is a sequence (the paper's is a batch). An input of single tokens, (T, D), has sequences of
-    one: with ``rounding="ceil"`` every expert takes every token, with ``"floor"`` none.
+    one: with ``rounding="ceil"`` every expert takes every token, and ``"floor"``, with which none would, is
+    refused there unless c is the number of experts.
 
     Who takes a token depends on later tokens, so a causal language model refuses this router.
 
     Args:
-        dim: D.
+        dim: D, or None for that of the layer.
         capacity_factor: c, experts per token on average, 0 < c <= experts in use.
         rounding: ``"ceil"`` or ``"floor"`` of ``n c / e``.
         z_loss: weight of the router z-loss, >= 0.
@@ -55,7 +50,7 @@ class ExpertChoice(Router):
 
     def __init__(
         self,
-        dim: int,
+        dim: int | None = None,
         capacity_factor: float = 2.0,
         rounding: Rounding = "ceil",
         z_loss: float = 0.0,
@@ -79,7 +74,7 @@ class ExpertChoice(Router):
         self.check_num_experts(num)
         per_group = tokens.group_size
         score_TC = logits_TC.softmax(dim=-1)
-        most = self._places(per_group, num)
+        most = whole_share(per_group, self.capacity_factor, num, self.rounding)
         queue_RS = self._queues(score_TC, per_group)
         ranked_RS = queue_RS
         if tokens.valid is not None:
@@ -88,7 +83,7 @@ class ExpertChoice(Router):
         place_RK = top_k_first(ranked_RS, most)
         row_R = torch.arange(queue_RS.shape[0], device=logits_TC.device)
         group_R, expert_R = row_R // num, candidates.expert[row_R.remainder(num)]
-        slots_G = rounded_share(real_per_group(tokens), self.capacity_factor, num, self.rounding)
+        slots_G = whole_shares(real_per_group(tokens), self.capacity_factor, num, self.rounding)
         taken_RK = torch.arange(most, device=logits_TC.device) < slots_G[group_R].unsqueeze(-1)
         taken_P = taken_RK.reshape(-1)
         return Routing(
@@ -124,10 +119,15 @@ class ExpertChoice(Router):
                 key="router.capacity_factor",
             )
 
-    def _places(self, num_tokens: int, num_candidates: int) -> int:
-        """K: what an expert takes of a sequence without padding."""
-        share = round(num_tokens * self.capacity_factor / num_candidates, 9)
-        return math.ceil(share) if self.rounding == "ceil" else math.floor(share)
+    def check_length(self, length: int, num_experts: int) -> None:
+        """An expert needs a token."""
+        if whole_share(length, self.capacity_factor, num_experts, self.rounding) == 0:
+            raise no_slots(
+                f"router=expert_choice with rounding={self.rounding} and capacity_factor="
+                f"{self.capacity_factor} for {num_experts} experts",
+                length,
+                "router.rounding (or router.capacity_factor, model)",
+            )
 
     @staticmethod
     def _queues(score_TC: Tensor, per_group: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cl_moe.errors import InputError
+from cl_moe.layers.checks import number
 from cl_moe.layers.precision import wide
 from cl_moe.layers.routers.base import (
     Candidates,
@@ -24,7 +25,8 @@ from cl_moe.layers.routers.base import (
 )
 from cl_moe.layers.routers.capacity import Capacity
 from cl_moe.layers.routers.scores import Scores
-from cl_moe.layers.routing import Routing, Tokens
+from cl_moe.layers.routing import Routing
+from cl_moe.layers.tokens import Tokens
 
 Second = Literal["sampled", "all", "none", "threshold"]
 
@@ -42,7 +44,7 @@ class GShard(Router):
     with ``second="none"`` only.
 
     Args:
-        dim: D.
+        dim: D, or None for that of the layer.
         second: ``"sampled"``: with probability ``min(1, g2 / threshold)`` while training, drawn from torch's
             global generator, and always in evaluation; ``"threshold"``: if g2 > threshold; ``"all"``:
             always; ``"none"``: never (g1 stays divided by the sum).
@@ -58,7 +60,7 @@ class GShard(Router):
 
     def __init__(
         self,
-        dim: int,
+        dim: int | None = None,
         second: Second = "sampled",
         threshold: float = 0.2,
         balance: float = 1e-2,
@@ -69,8 +71,7 @@ class GShard(Router):
     ) -> None:
         super().__init__()
         check_option("second", second, get_args(Second))
-        if not threshold > 0:
-            raise InputError(got=f"threshold={threshold}", allowed="a number > 0", key="router.threshold")
+        number("threshold", threshold, key="router.threshold", above=True)
         check_coefficients(balance=balance, z_loss=z_loss)
         self.dim, self.second, self.threshold = dim, second, threshold
         self.balance, self.z_loss = balance, z_loss
@@ -117,3 +118,7 @@ class GShard(Router):
                 allowed="at least 2: it chooses two",
                 key="layer.num_experts (or router)",
             )
+
+    def check_length(self, length: int, num_experts: int) -> None:
+        """An expert needs a slot."""
+        self.capacity.check_length(length, num_experts, "router=gshard")

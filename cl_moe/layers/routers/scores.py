@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from cl_moe.errors import InputError
+from cl_moe.layers.checks import number
 from cl_moe.layers.precision import wide
 from cl_moe.layers.selection import top_k_first
 
@@ -30,10 +31,7 @@ class Scores:
             raise InputError(
                 got=f"function={function}", allowed="softmax or sigmoid", key="router.scores.function"
             )
-        if not bias_rate >= 0:
-            raise InputError(
-                got=f"bias_rate={bias_rate}", allowed="a number >= 0", key="router.scores.bias_rate"
-            )
+        number("bias_rate", bias_rate, key="router.scores.bias_rate")
         self.function, self.bias_rate = function, bias_rate
 
     def log(self, logits_TC: Tensor) -> Tensor:

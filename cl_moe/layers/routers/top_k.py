@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from cl_moe.layers.checks import whole
 from cl_moe.layers.precision import wide
 from cl_moe.layers.routers.base import (
     Candidates,
@@ -22,7 +23,8 @@ from cl_moe.layers.routers.base import (
     uniform_keys,
 )
 from cl_moe.layers.routers.scores import Scores
-from cl_moe.layers.routing import Routing, Tokens
+from cl_moe.layers.routing import Routing
+from cl_moe.layers.tokens import Tokens
 
 
 class TopK(Router):
@@ -32,7 +34,7 @@ class TopK(Router):
     loss does not reach the router: take ``"all"`` there.
 
     Args:
-        dim: D.
+        dim: D, or None for that of the layer.
         k: experts per token, 1 <= k <= experts.
         normalize: gates sum to 1 over the ``"selected"`` k, or are the scores as they are over ``"all"``
             experts (softmax before the choice; a plain sigmoid with sigmoid scores).
@@ -43,7 +45,7 @@ class TopK(Router):
 
     def __init__(
         self,
-        dim: int,
+        dim: int | None = None,
         k: int = 2,
         normalize: Literal["selected", "all"] = "selected",
         balance: float = 1e-2,
@@ -53,6 +55,7 @@ class TopK(Router):
         super().__init__()
         check_option("normalize", normalize, ("selected", "all"))
         check_coefficients(balance=balance, z_loss=z_loss)
+        whole("k", k, least=1, key="router.k")
         self.dim, self.k, self.normalize = dim, k, normalize
         self.balance, self.z_loss = balance, z_loss
         self.scores = scores or Scores()
