@@ -271,6 +271,8 @@ class Run:
         if self.upcycled is not None:
             state = self.upcycled.take_over(state)
         self._load(state)
+        if self.upcycled is not None:
+            self.past = Past()  # what the dense parent chose by is no part of the mixture
         copy_rows(branch.folder, self.folder, branch.boundary)
         for name, strategy in self.learner.strategies.items():
             if name not in state["learner"]["strategies"]:
