@@ -43,7 +43,7 @@ class CalibrationErrors(Metric):
             confidence: (B,) probability of the answer given.
             right: (B,) bool.
         """
-        self.sums[experience] += calibration_bins(confidence, right)
+        self.sums[experience] += calibration_bins(confidence, right).to(self.sums.device)
 
     def compute(self) -> Tensor:
         """(T,) float64 in [0, 1]; NaN for an experience of which nothing was answered."""
