@@ -124,6 +124,6 @@ def test_a_language_model(layer: str, new_decoder: Callable):
     then, before = RouterState.of(model), model(tokens, mask=mask)[0]
     with torch.no_grad():
         for name in router_names(model):
-            model.state_dict()[name].add_(torch.randn_like(model.state_dict()[name]))
+            model.state_dict()[name].add_(torch.rand_like(model.state_dict()[name]))  # a variance stays one
     assert not torch.equal(model(tokens, mask=mask)[0], before)
     assert torch.equal(then.logits(model, tokens, mask), before)
