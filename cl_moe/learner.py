@@ -133,7 +133,10 @@ class Learner(LeanModule):
 
     def _loss(self, inputs: Tensor, targets: Tensor, mask: Tensor | None, num_new: int) -> Tensor:
         inputs, targets = self.model.pose(inputs, targets, self._draw)
-        logits, routings = self.model(inputs, mask=mask)
+        try:
+            logits, routings = self.model(inputs, mask=mask)
+        except RunFailedError as error:  # a layer names what it was given, not when
+            raise RunFailedError(f"step {self.global_step}: {error}") from error
         terms = {"task_loss": self.task_loss(logits, targets)}
         if self.batches < self._first_pass:
             with torch.no_grad():

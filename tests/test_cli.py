@@ -42,7 +42,7 @@ WRONG: dict[tuple[str, ...], tuple[str, ...]] = {  # arguments: words that the m
         "change: stream",
     ),
     ("layer=moe", "layer.num_expert=4"): (
-        "num_experts, num_shared, router",
+        "num_experts, num_noops, num_shared, router",
         "change: layer.num_expert",
         "did you mean",
     ),
