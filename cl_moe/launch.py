@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from cl_moe import branching, checkpoint, distilling, failures, reproducing, stopping, stored
+from cl_moe import branching, checkpoint, describing, distilling, failures, reproducing, stopping, stored
 from cl_moe.checkpoint import Branch
 from cl_moe.errors import StopRequestedError
 from cl_moe.experiment import run_experiment
@@ -42,6 +42,7 @@ NOT_ARM += (
     "branch=",
     "distill=",
     "reproduce=",
+    "describe=",
 )
 
 
@@ -49,6 +50,8 @@ def run(config: DictConfig) -> float:
     """One experiment from a composed configuration; returns the objective."""
     _obey()
     try:
+        if config.get("describe") is not False:
+            return describing.describe(config)
         if (value := stored.finished(config)) is not None:
             return value
         original = reproducing.original_of(config)

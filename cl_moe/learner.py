@@ -25,7 +25,8 @@ from cl_moe.models.rewind import RouterState
 from cl_moe.optim import OptimizerSpec, OptimizerState, load_state_by_name, state_by_name
 from cl_moe.scoring import Scoring
 from cl_moe.seeds import derive_seed, generator, generator_states, set_generator_states
-from cl_moe.strategies.base import Outlook, Step, Strategy
+from cl_moe.strategies.base import Outlook, Setting, Step, Strategy
+from cl_moe.strategies.passes import answering, sole_classifier
 from cl_moe.stream import Experience, Stream
 
 _REMEDY = "change: optimizer.lr (smaller), trainer.gradient_clip, or trainer.precision=32-true"
@@ -80,13 +81,17 @@ class Learner(LeanModule):
         self._batch_hooks = [s for s in acting if type(s).batch is not Strategy.batch]
         self._loss_hooks = [s for s in acting if type(s).loss is not Strategy.loss]
         self._gradient_hooks = [s for s in acting if type(s).gradients is not Strategy.gradients]
+        self._classifier = sole_classifier(self.strategies)
+        for strategy in acting:
+            strategy.check(Setting(model, stream, tuple(self.strategies)))
 
     # ---- training
 
     def outlook(self) -> Outlook:
         """What strategies may know of the experience that is set."""
         assert self.experience is not None
-        return Outlook(self.model, self.experience, self.kind, self.seed, self.scoring.group_of_class)
+        scoring = self.scoring
+        return Outlook(self.model, self.experience, self.kind, self.seed, scoring.group_of_class, scoring)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A fresh optimizer: newborns in, frozen ones out, survivors' state carried where asked for."""
@@ -145,7 +150,7 @@ class Learner(LeanModule):
             _add_terms(terms, routing.losses)
         self._step_loads.add(self._balancing, routings)
         if self._loss_hooks:
-            step = Step(self.model, inputs, targets, mask, logits, routings, terms["task_loss"])
+            step = Step(self.model, inputs, targets, mask, logits, routings, terms["task_loss"], num_new)
             for strategy in self._loss_hooks:
                 _add_terms(terms, strategy.loss(step))
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else terms["task_loss"]
@@ -225,7 +230,9 @@ class Learner(LeanModule):
         inputs, targets = self.model.pose(inputs, targets, lambda: generator(0, "evaluation", batch_idx))
         varies = mask is not None or bool(self.then)
         with self.charges.step("test", inputs, varies=varies, tokens=targets.numel()):
-            logits, routings = self._forward(inputs, mask, test_set)
+            with answering(self.model, self._classifier) as answer:
+                logits, routings = self._forward(inputs, mask, test_set)
+            logits = answer(logits)
         if not logits.isfinite().all():  # an argmax over them would be a score like any other
             place = f"after step {self.global_step}, on test set {test_set}"
             raise RunFailedError(f"output not finite in an evaluation {place}\n{_REMEDY}")

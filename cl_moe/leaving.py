@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from cl_moe.checkpoint import Checkpoints
 from cl_moe.learner import Learner
 from cl_moe.stream import Stream
-from cl_moe.tracking import artifacts, figures, model_files, provenance
+from cl_moe.tracking import artifacts, figures, model_files, overview, provenance
 from cl_moe.tracking.model_files import Learnt
 from cl_moe.tracking.record import Record
 
@@ -32,6 +32,7 @@ def left_by(run: Run, say: Callable[[str], None]) -> Iterator[tuple[Path, str | 
     """Write the files of a run that ends; yields each, and the artifact folder that it belongs to."""
     written = artifacts.write_artifacts(run.measured, run.folder)
     written += figures.write_figures(run.measured, run.folder)
+    written += overview.write_overview(run.stream, run.folder)
     written.append(provenance.write_data(run.fingerprint["stream"], run.folder / provenance.DATA))
     for path in [*written, *(run.folder / name for name in _OF_THE_START)]:
         if path.exists():

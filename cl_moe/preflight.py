@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_moe.cost import CostMeter
 from cl_moe.errors import InputError
@@ -16,6 +16,7 @@ from cl_moe.layers.routing import ExpertLoad
 from cl_moe.learner import Learner
 from cl_moe.measuring import Measuring
 from cl_moe.metrics.functional import Choices
+from cl_moe.models import ContinualModel
 from cl_moe.plasticity import expected_points
 from cl_moe.strategies import Strategy
 from cl_moe.stream import Stream
@@ -36,6 +37,33 @@ def training_view(stream: Stream, strategies: Mapping[str, Strategy]) -> Stream:
             key="strategy",
         )
     return strategies[changing[0]].view(stream) if changing else stream
+
+
+def check_fit(stream: Stream, model: ContinualModel, epochs: int) -> None:
+    """Refuse a model with fewer tokens than the stream has, and epochs of which the stream allows one.
+
+    Args:
+        stream: as evaluated.
+        model: that is to learn it.
+        epochs: passes over each experience.
+    """
+    table = getattr(model, "tokens", None)
+    if (
+        stream.vocabulary
+        and isinstance(table, nn.Embedding)
+        and table.num_embeddings < len(stream.vocabulary)
+    ):
+        raise InputError(
+            got=f"a stream of {len(stream.vocabulary)} tokens for a model of {table.num_embeddings}",
+            allowed=f"model.vocabulary={len(stream.vocabulary)}",
+            key="model.vocabulary (or stream.tokenizer)",
+        )
+    if stream.online and epochs != 1:
+        raise InputError(
+            got=f"{epochs} passes over each experience of an online stream",
+            allowed="1: each example is seen once",
+            key="trainer.epochs (or stream.shape.online)",
+        )
 
 
 def check_objective(objective: str, stream: Stream, learner: Learner, measuring: Measuring) -> None:

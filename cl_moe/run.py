@@ -84,6 +84,7 @@ class Run:
     def __post_init__(self) -> None:
         self.growth.check(len(self.stream))
         check_growth(self.learner.model, self.growth, len(self.stream))
+        preflight.check_fit(self.stream, self.learner.model, self.spec.epochs)
         preflight.check_objective(self.objective, self.stream, self.learner, self.measuring)
         self.training_stream = preflight.training_view(self.stream, self.learner.strategies)
         preflight.check_learning(self.stream, self.training_stream, self.growth, self.freeze)

@@ -24,6 +24,7 @@ TOP = {
     "branch",
     "distill",
     "reproduce",
+    "describe",
     "upcycle",
     "upcycle_noise",
     "seed",
@@ -51,6 +52,8 @@ def check_config(config: DictConfig) -> None:
         _refuse(f"output_dir={config.output_dir!r}", "a folder", "output_dir")
     if not isinstance(config.auto_resume, bool):
         _refuse(f"auto_resume={config.auto_resume!r}", "true or false", "auto_resume")
+    if not isinstance(config.describe, bool):
+        _refuse(f"describe={config.describe!r}", "true or false", "describe")
     if config.branch is not None and not isinstance(config.branch, str):
         _refuse(f"branch={config.branch!r}", "<run id or run folder>@<experience>, or null", "branch")
     if config.distill is not None and not isinstance(config.distill, str):

@@ -57,6 +57,8 @@ class Stream(Sequence[Experience]):
         experiences: numbered 0 .. T-1.
         num_classes: distinct classes over the whole stream, or the vocabulary size.
         input_shape: shape of one input without the batch; ``(S,)`` for language.
+        vocabulary: what each token stands for, by its number; empty where tokens are bytes, or none.
+        online: every training example may be seen once only; a run of several epochs is refused.
     """
 
     name: str
@@ -65,6 +67,8 @@ class Stream(Sequence[Experience]):
     experiences: tuple[Experience, ...] = field(repr=False)
     num_classes: int
     input_shape: tuple[int, ...]
+    vocabulary: tuple[bytes, ...] = field(default=(), repr=False)
+    online: bool = False
 
     def __post_init__(self) -> None:
         if self.scenario not in SCENARIOS:

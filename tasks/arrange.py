@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -11,6 +11,7 @@ import torch
 from cl_moe.errors import InputError
 from cl_moe.seeds import generator
 from cl_moe.stream import Stream, cut
+from tasks.shapes import Shape
 
 T = TypeVar("T")
 
@@ -67,22 +68,58 @@ def arrange(items: Sequence[T], order: Sequence[T] | None, seed: int | None) -> 
     return [known[known.index(item)] for item in chosen]
 
 
-def finish(stream: Stream, tune_on_first: int | None, parts: int, data_seed: int) -> Stream:
-    """The stream as it is used: its first experiences only, if asked for, then each cut into parts.
+def finish(
+    stream: Stream,
+    tune_on_first: int | None,
+    parts: int,
+    data_seed: int,
+    shape: Mapping[str, object] | None = None,
+) -> Stream:
+    """The stream as it is used: in its shape, of that its first experiences only, each cut into parts.
 
     Args:
         stream: the whole stream. ``num_classes`` stays that of the whole.
         tune_on_first: how many experiences to keep, counted before cutting; None keeps all.
         parts: how many shorter experiences each becomes; 1 leaves them whole.
-        data_seed: deals the training examples out to the parts.
+        data_seed: deals the training examples out to the parts, and draws what the shape draws.
+        shape: see ``tasks.shapes.Shape``; None for clear boundaries and the data as they are.
 
     Raises:
         InputError: a number out of range.
     """
+    check_filled(stream)
+    stream = Shape.of(shape)(stream, whole(data_seed, "seed.data"))
     if tune_on_first is not None:
         kept = whole(tune_on_first, "stream.tune_on_first", 1, len(stream), "the experiences of the stream")
         stream = replace(stream, experiences=stream[:kept])
-    return cut(stream, whole(parts, "stream.cut", 1), whole(data_seed, "seed.data"))
+    return cut(stream, whole(parts, "stream.cut", 1), data_seed)
+
+
+def check_filled(stream: Stream) -> None:
+    """Refuse an experience with nothing to learn or nothing to test, or with classes on one side only.
+
+    Raises:
+        InputError: the experience, and what it lacks.
+    """
+    for experience in stream:
+        sides = {"training": experience.train, "test": experience.test}
+        for side, data in sides.items():
+            if not len(data):
+                raise InputError(
+                    got=f"no {side} data in experience {experience.index} ({experience.name})",
+                    allowed="data of both kinds in every experience",
+                    key="stream",
+                )
+        if stream.kind == "language":
+            continue
+        found = {side: set(data.tensors[1].unique().tolist()) for side, data in sides.items()}
+        for side, other in (("training", "test"), ("test", "training")):
+            if missing := found[other] - found[side]:
+                raise InputError(
+                    got=f"classes {sorted(missing)} of {experience.name} without {side} examples",
+                    allowed=f"every class of the {other} data in the {side} data of its experience, too",
+                    key="stream",
+                )
 
 
 def _shown(order: object) -> str:

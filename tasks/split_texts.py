@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from cl_moe.errors import InputError
-from cl_moe.stream import SCENARIOS, Experience, Scenario, Stream
+from cl_moe.stream import Experience, Stream
 from tasks.arrange import arrange, finish, whole
+from tasks.labelled import group_size, known_scenario
 from tasks.text_domains import known_domains, read_domain
 
 
@@ -33,6 +32,7 @@ def split_texts(
     seed: int | None = None,
     cut: int = 1,
     tune_on_first: int | None = None,
+    shape: Mapping[str, object] | None = None,
     data_seed: int = 0,
     column: str = "text",
 ) -> Stream:
@@ -55,16 +55,16 @@ def split_texts(
         seed: draws that order; null and no ``order``: as in ``domains``.
         cut: how many shorter experiences each group is cut into.
         tune_on_first: keep only so many groups, for choosing hyperparameters; ``num_classes`` stays.
-        data_seed: deals examples out to the parts of ``cut``.
+        shape: the shape of time; see ``tasks.shapes.Shape``.
+        data_seed: draws what ``cut`` and ``shape`` draw.
         column: the column that holds the text.
 
     Raises:
         InputError: a value that is not allowed, a text without a file, too few windows in it.
     """
-    if scenario not in SCENARIOS:
-        raise InputError(got=f"{scenario!r}", allowed=", ".join(SCENARIOS), key="stream.scenario")
+    setting = known_scenario(scenario)
     known = known_domains(domains)
-    size = _group_size(classes_per_experience, len(known), scenario)
+    size = group_size(classes_per_experience, len(known), scenario, "texts")
     names = arrange(known, order, seed)
     counts = (train_windows, test_windows)
     texts = {name: _windows(name, column, context, counts) for name in names}
@@ -86,26 +86,12 @@ def split_texts(
     whole_stream = Stream(
         name="split_texts",
         kind="classification",
-        scenario=cast(Scenario, scenario),
+        scenario=setting,
         experiences=tuple(experiences),
         num_classes=size if scenario == "domain" else len(known),
         input_shape=(context,),
     )
-    return finish(whole_stream, tune_on_first, cut, data_seed)
-
-
-def _group_size(classes_per_experience: int, num_classes: int, scenario: str) -> int:
-    key = "stream.classes_per_experience"
-    low = 1 if scenario == "class" else 2
-    divisors = [size for size in range(low, num_classes + 1) if num_classes % size == 0]
-    size = whole(classes_per_experience, key, what=f"one of {divisors}")
-    if size not in divisors:
-        raise InputError(
-            got=f"{size} classes per experience of {num_classes} texts in scenario {scenario!r}",
-            allowed=", ".join(map(str, divisors)) or "nothing: a single text leaves nothing to choose",
-            key=key,
-        )
-    return size
+    return finish(whole_stream, tune_on_first, cut, data_seed, shape)
 
 
 def _windows(name: str, column: str, context: int, counts: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""Text domains: next-byte prediction on one domain of text after another."""
+"""Text domains: next-token prediction on one domain of text after another."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from cl_moe.errors import InputError
 from cl_moe.stream import IGNORE, Experience, Stream
 from tasks.arrange import arrange, finish, whole
 from tasks.sources import available, find, read_parquet
-
-_NUM_BYTES = 256
+from tasks.tokens import Bytes, check_tokenizer, tokenizer_of
 
 
 def text_domains(
@@ -25,19 +24,21 @@ def text_domains(
     seed: int | None = None,
     cut: int = 1,
     tune_on_first: int | None = None,
+    shape: Mapping[str, object] | None = None,
     data_seed: int = 0,
     column: str = "text",
+    tokenizer: Mapping[str, object] | None = None,
 ) -> Stream:
-    """One experience per domain, as bytes: inputs and targets (n, context) int64, target = the next byte.
+    """One experience per domain: inputs and targets (n, context) int64, target = the next token (byte).
 
     A domain is a parquet file of that name with columns ``split`` (``train`` or ``validation``) and text. The
     texts of a split follow each other in the file's order, with nothing between them; windows of ``context``
-    bytes do not overlap, and every byte but the first is predicted exactly once. The last window is padded
+    tokens do not overlap, and every token but the first is predicted exactly once. The last window is padded
     (input 0, target ``IGNORE``).
 
     Args:
         domains: which, in natural order, each once.
-        context: bytes per window, at least 1.
+        context: tokens per window, at least 1.
         train_bytes: use only the first so many bytes of each domain's training text, at least 2; null: all
             (1 to 2 million in the bundled files). A limit may split a character: the model sees bytes.
         test_bytes: the same for the validation text (50 to 100 thousand bytes in the bundled files).
@@ -45,44 +46,54 @@ def text_domains(
         seed: draws that order; null and no ``order``: as in ``domains``.
         cut: how many shorter experiences each domain is cut into.
         tune_on_first: keep only so many domains, for choosing hyperparameters.
-        data_seed: deals windows out to the parts of ``cut``.
+        shape: the shape of time; see ``tasks.shapes.Shape``.
+        data_seed: deals windows out to the parts of ``cut``, and draws what ``shape`` draws.
         column: the column that holds the text.
+        tokenizer: null: bytes. ``{kind: bpe, vocab_size: 1024}``: byte-pair encoding, trained on the training
+            text of the experience that arrives first and on nothing else, so it depends on the order. Losses
+            are nats per token, so those of two tokenizers do not compare. A character that ``train_bytes``
+            cuts off is left out.
 
     Raises:
         InputError: a value that is not allowed, a domain without a file, a file without the column.
     """
     names = arrange(known_domains(domains), order, seed)
     size = whole(context, "stream.context", 1)
-    experiences = []
-    for index, name in enumerate(names):
+    vocab_size = check_tokenizer(tokenizer)
+    texts = []
+    for name in names:
         train, test = read_domain(name, column)
-        experiences.append(
-            Experience(
-                index=index,
-                name=name,
-                train=windows(_first(train, train_bytes, f"{name}, train", "stream.train_bytes"), size),
-                test=windows(_first(test, test_bytes, f"{name}, validation", "stream.test_bytes"), size),
-            )
-        )
+        train = _first(train, train_bytes, f"{name}, train", "stream.train_bytes")
+        texts.append((train, _first(test, test_bytes, f"{name}, validation", "stream.test_bytes")))
+    tokens = tokenizer_of(vocab_size, [texts[0][0].decode("utf-8", "ignore")])
+    experiences = []
+    for index, (name, both) in enumerate(zip(names, texts, strict=True)):
+        train_windows, test_windows = (windows(tokens.encode(text), size) for text in both)
+        experiences.append(Experience(index, name, train_windows, test_windows))
     whole_stream = Stream(
         name="text_domains",
         kind="language",
         scenario="domain",
         experiences=tuple(experiences),
-        num_classes=_NUM_BYTES,
+        num_classes=tokens.num_tokens,
         input_shape=(size,),
+        vocabulary=tokens.vocabulary,
     )
-    return finish(whole_stream, tune_on_first, cut, data_seed)
+    return finish(whole_stream, tune_on_first, cut, data_seed, shape)
 
 
-def windows(text: bytes, context: int) -> TensorDataset:
-    """Non-overlapping windows of a text of at least 2 bytes: inputs and targets (n, context) int64.
+def windows(text: bytes | Tensor, context: int) -> TensorDataset:
+    """Non-overlapping windows of a text of at least 2 tokens: inputs and targets (n, context) int64.
+
+    Args:
+        text: bytes, or (N,) int64 tokens.
+        context: tokens per window.
 
     >>> inputs, targets = windows(b"abcd", 2).tensors
     >>> inputs.tolist(), targets.tolist()
     ([[97, 98], [99, 0]], [[98, 99], [100, -100]])
     """
-    stream: Tensor = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(torch.int64)
+    stream = text if isinstance(text, Tensor) else Bytes().encode(text)
     count = -(-(len(stream) - 1) // context)
     inputs = torch.zeros(count * context, dtype=torch.int64)
     targets = torch.full((count * context,), IGNORE, dtype=torch.int64)

@@ -28,7 +28,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("anytime", "plasticity"), 4),
     **dict.fromkeys(("cli", "__main__", "arguments", "words", "folder", "schema", "targets"), 5),
     **dict.fromkeys(("launch", "branching", "distilling", "stored", "worker"), 5),
-    **dict.fromkeys(("reproducing", "repeating", "loading"), 5),
+    **dict.fromkeys(("reproducing", "repeating", "loading", "describing"), 5),
 }
 """Rooms of ``cl_moe``; "" is the package itself. A module is in the longest room its name begins with."""
 
@@ -74,6 +74,8 @@ SIBLINGS: dict[tuple[str, str], str] = {
     ("arguments", "words"): "arguments are made of words",
     ("stored", "words"): "both know which keys may change when a run goes on",
     ("distilling", "folder"): "a teacher is built from what its run stored",
+    ("launch", "describing"): "a stream may be described instead of learnt",
+    **dict.fromkeys((("describing", "schema"), ("describing", "targets")), "what is built was checked first"),
     ("launch", "distilling"): "a student is launched with its teacher",
     ("distilling", "branching"): "a teacher is found and told of like the parent of a branch",
     ("distilling", "arguments"): "a teacher may come from a file as well",

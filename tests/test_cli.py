@@ -38,7 +38,7 @@ def runs(folder: Path) -> list:
 WRONG: dict[tuple[str, ...], tuple[str, ...]] = {  # arguments: words that the message must hold
     ("stream=nonsense",): (
         "got: stream=nonsense",
-        "allowed: permuted_digits, split_digits",
+        "allowed: corrupted_mnist, hf, intents",
         "change: stream",
     ),
     ("layer=moe", "layer.num_expert=4"): (

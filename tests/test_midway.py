@@ -28,14 +28,28 @@ PEER = ("layer=peer", "layer.num_experts=16", "layer.k=2", "layer.heads=2", "gro
 differences = runpy.run_path(str(Path(__file__).with_name("chaos.py")))["differences"]
 Run = Callable[[Path, Sequence[str]], None]
 STRATEGIES = sorted(path.stem for path in Path(conf.__path__[0], "strategy").glob("*.yaml"))
-OTHERWISE = ("joint", "distill_from")  # trains before any growth; needs a teacher: see test_distilling
+OTHERWISE = ("joint", "distill_from", "sparse_memory")
+"""Trains before any growth; needs a teacher: see test_distilling; needs product keys."""
 TEXT = (
     *("stream=text_domains", "stream.train_bytes=6000", "stream.test_bytes=2000", "stream.context=32"),
     *("model.width=16", "trainer.batch_size=32", "growth=never", "freeze=never"),
 )
+QUICK = {name: (f"strategy.{name}.samples=8",) for name in ("ewc", "mas")}
 ARMS: dict[str, tuple[str, ...]] = {
-    **{f"strategy {name}": (*MOE, f"strategy={name}") for name in STRATEGIES if name not in OTHERWISE},
+    **{
+        f"strategy {name}": (*MOE, f"strategy={name}", *QUICK.get(name, ()))
+        for name in STRATEGIES
+        if name not in OTHERWISE
+    },
     "strategy joint": ("layer=moe", "layer.hidden=8", "strategy=joint"),
+    "strategy sparse_memory": (
+        *(*GROW, *PEER, "strategy=sparse_memory", "optimizer.momentum=0.9", "optimizer.state=carry"),
+        *(
+            "strategy.sparse_memory.num_background=4",
+            "strategy.sparse_memory.top_t=3",
+            "trainer.accumulate=2",
+        ),
+    ),
     "strategies together": (*MOE, "strategy=[replay,lwf]", "optimizer=adamw", "optimizer.state=carry"),
     "layer dense": ("strategy=replay", "optimizer.momentum=0.9"),
     "layer moe switch": (*MOE, "router=switch", "optimizer=adamw"),

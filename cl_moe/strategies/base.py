@@ -2,7 +2,7 @@
 
 Order within an experience: ``begin``, after the model was adapted; for each step ``batch``, ``loss``,
 ``gradients``; ``end``, before the evaluation. A strategy overrides what it needs. ``view`` is asked once,
-before the run.
+before the run, and ``check`` before that; ``predict`` by evaluations.
 
 A run may be killed between any two steps and go on in another process: there ``begin`` is called again,
 then ``load_state_dict`` with what ``state_dict`` gave between the two steps. So what ``begin`` makes and
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -22,6 +22,33 @@ from cl_moe.models.base import ContinualModel
 from cl_moe.stream import Experience, Kind, Stream
 
 Batch = tuple[Tensor, Tensor]
+
+
+class Question(Protocol):
+    """What the scenario asks of logits (law 7): the same for a strategy's own passes as for training."""
+
+    def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy, nats per example or per token; padding left out."""
+        ...
+
+    def own_task(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits with other tasks' columns at -inf where the scenario gives the task away; else unchanged."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is made of, for strategies that cannot serve every one.
+
+    Args:
+        model: fresh.
+        stream: as evaluated.
+        names: of all strategies of the run.
+    """
+
+    model: ContinualModel
+    stream: Stream
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -35,6 +62,7 @@ class Outlook:
         seed: the data seed; draw from (seed, experience, purpose).
         group_of_class: (classes,) int64 for the task-incremental scenario: the task of each class; None
             otherwise.
+        question: for passes of the strategy's own; a run always has one.
     """
 
     model: ContinualModel
@@ -42,6 +70,7 @@ class Outlook:
     kind: Kind
     seed: int
     group_of_class: Tensor | None = None
+    question: Question | None = None
 
 
 @dataclass
@@ -56,6 +85,7 @@ class Step:
         logits: (B, C) or (B, S, V): before the scenario masks anything.
         routings: by block index.
         task_loss: scalar, as it stands in the loss.
+        num_new: rows of the stream, which come first; None: all.
     """
 
     model: ContinualModel
@@ -65,6 +95,7 @@ class Step:
     logits: Tensor
     routings: dict[int, Routing]
     task_loss: Tensor | None = None
+    num_new: int | None = None
 
 
 class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothing)
@@ -76,6 +107,14 @@ class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothin
     """
 
     computes: bool = True
+
+    def check(self, setting: Setting) -> None:
+        """Refuse, before anything is trained, a run that this strategy cannot serve.
+
+        Raises:
+            InputError: names the strategy and what it does not go with.
+        """
+        return None
 
     def view(self, stream: Stream) -> Stream:
         """The stream as training shall see it (joint training sees all at once); evaluation is untouched."""
@@ -100,6 +139,16 @@ class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothin
     def end(self, outlook: Outlook) -> None:
         """The experience was trained."""
         return None
+
+    def predict(self, model: ContinualModel, features: Tensor, logits: Tensor) -> Tensor:
+        """The scores (B, C) that an evaluation ranks classes by, finite; at most one strategy has its own.
+
+        Args:
+            model: being evaluated.
+            features: (B, D), what the head read.
+            logits: (B, C), what it answered: classes known now, or then where the router is rolled back.
+        """
+        return logits
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart: tensors and plain Python only."""

@@ -6,13 +6,22 @@ from torch import Tensor
 
 from cl_moe.growth import PastExperts
 from cl_moe.strategies import (
+    AGEM,
+    DER,
+    EWC,
+    GEM,
+    MAS,
+    SI,
     Cumulative,
+    GDumb,
+    ICaRL,
     Joint,
     LifelongMoE,
     LwF,
     Naive,
     Outlook,
     Replay,
+    RouterFreezing,
     Step,
     Strategy,
 )
@@ -97,6 +106,17 @@ STRATEGIES = {
     "lifelong_moe": lambda: LifelongMoE(l2=0.1),
     "joint": Joint,
     "cumulative": Cumulative,
+    "balanced": lambda: Replay(memory_size=10, balance="class"),
+    "der": lambda: DER(memory_size=10),
+    "ewc": lambda: EWC(samples=5, labels="model"),
+    "ewc online": lambda: EWC(samples=5, online=True, gamma=0.5),
+    "si": SI,
+    "mas": lambda: MAS(samples=5),
+    "agem": lambda: AGEM(memory_size=10, sample_size=4),
+    "gem": lambda: GEM(memory_size=10),
+    "icarl": lambda: ICaRL(memory_size=10),
+    "gdumb": lambda: GDumb(memory_size=10),
+    "router_freezing": RouterFreezing,
 }
 
 

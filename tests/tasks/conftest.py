@@ -44,3 +44,15 @@ def rows() -> Callable[[Iterable[TensorDataset]], Counter[bytes]]:
         return counted
 
     return count
+
+
+@pytest.fixture
+def with_data(named_data: str | None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """``with_data("hwu64.parquet")`` puts the named folder back, or skips by the file's name without one."""
+
+    def need(name: str) -> None:
+        if named_data is None:
+            pytest.skip(f"{name} is looked for in CL_MOE_DATA, which is not set")
+        monkeypatch.setenv("CL_MOE_DATA", named_data)
+
+    return need

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
 from cl_moe.errors import InputError
-from tasks.permuted_digits import permutation, permuted_digits
+from tasks.permuted_digits import permuted_digits
 from tasks.sources import digits
+from tasks.transforms import permutation
 
 Rows = Callable[..., "Counter[bytes]"]
 

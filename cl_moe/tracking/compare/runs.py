@@ -24,6 +24,7 @@ _NOT_VARIANT = {
     "stream.order",
     "stream.seed",
     "stream.data_seed",
+    "strategy.gdumb.seed",
 }  # orders and seeds, which pairs are made by
 _FIRST_DEFINITIONS = "1"  # of runs from before the tag
 _PAGE = 1000

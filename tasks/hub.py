@@ -1,0 +1,252 @@
+"""The one way to a data hub and into files of the ``datasets`` library: bounded waits, plain errors.
+
+A data set's own loading script never runs: the library has none any more, and nothing here could ask for one.
+"""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from cl_moe.errors import InputError
+from tasks.labelled import Labelled
+
+SECONDS = 5.0
+"""How long the hub may take to answer at all."""
+_FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+_FORMATS |= {".txt": "text", ".arrow": "arrow"}
+
+
+def from_hub(name: str, config: str | None, local: str, key: str) -> Mapping[str, Any]:
+    """The splits of a data set on the hub, by name; from the library's cache where the hub is away.
+
+    Args:
+        name: ``owner/name``.
+        config: one of several versions; None for the only one.
+        local: for the error: how to do without the hub.
+        key: the configuration key that named it.
+
+    Raises:
+        InputError: the hub cannot be reached (told at once, not after the library's five attempts), or has no
+            such data set.
+    """
+    import datasets
+    from huggingface_hub import HfApi, constants
+
+    online = not constants.HF_HUB_OFFLINE
+    why = "HF_HUB_OFFLINE is set"
+    if online:
+        try:
+            HfApi().dataset_info(name, timeout=SECONDS)
+        except Exception as error:  # the client's own classes are not one family, nor the same over versions
+            answered = getattr(error, "response", None) is not None
+            if answered:
+                raise InputError(
+                    got=f"{name!r} on the hub: {_first_line(error)}",
+                    allowed=f"an open data set; or {local}",
+                    key=key,
+                ) from error
+            online, why = False, f"the hub cannot be reached: {_first_line(error)}"
+    with quiet(), _hub_is(online):
+        try:
+            return datasets.load_dataset(name, config)
+        except Exception as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            state = "" if online else f" ({why}; it is not in the cache either)"
+            raise InputError(
+                got=f"{name!r}, which cannot be loaded{state}: {_first_line(error)}", allowed=local, key=key
+            ) from error
+
+
+def from_files(paths: Sequence[Path], key: str) -> Any:
+    """The rows of local files of one format, or of a folder of images (a subfolder per class), in order.
+
+    Args:
+        paths: parquet, csv, tsv, json, jsonl, txt, arrow; or one folder.
+        key: the configuration key that named them.
+
+    Raises:
+        InputError: another format, a damaged file (named), no rows.
+    """
+    import datasets
+
+    kinds = {_format(path, key) for path in paths}
+    if len(kinds) != 1:
+        raise InputError(got=f"files of several formats: {_shown(paths)}", allowed="files of one", key=key)
+    kind, tables = kinds.pop(), []
+    for path in paths:
+        options: dict[str, Any] = {"sep": "\t"} if path.suffix == ".tsv" else {}
+        if kind == "text":
+            options["keep_linebreaks"] = True
+        where = {"data_dir": str(path)} if kind == "imagefolder" else {"data_files": [str(path)]}
+        with quiet(), tempfile.TemporaryDirectory(prefix="cl_moe_") as cache:
+            try:
+                tables.append(
+                    datasets.load_dataset(
+                        kind, **where, split="train", cache_dir=cache, keep_in_memory=True, **options
+                    )
+                )
+            except Exception as error:  # each format's reader has its own family of errors
+                cause = error.__cause__ or error
+                if getattr(cause, "errno", None) == errno.ENOSPC:
+                    raise
+                raise InputError(
+                    got=f"{path}, which cannot be read as {kind}: {_first_line(cause)}",
+                    allowed=f"a readable {kind} file with UTF-8 text",
+                    key=key,
+                ) from error
+    different = [
+        path for path, table in zip(paths, tables, strict=True) if table.features != tables[0].features
+    ]
+    if different:
+        raise InputError(
+            got=f"{different[0]}, whose columns are not those of {paths[0]}",
+            allowed="the same columns",
+            key=key,
+        )
+    return datasets.concatenate_datasets(tables)
+
+
+def texts_of(table: Any, column: str, what: str, key: str) -> list[str]:
+    """A column of text; numbers of named classes become their names.
+
+    Raises:
+        InputError: no such column, another type, or a row without a value.
+    """
+    feature = _feature(table, column, what, key)
+    values = table[column][:]
+    if (row := next((row for row, value in enumerate(values) if value is None), None)) is not None:
+        raise InputError(got=f"{what}: nothing in row {row} of column {column!r}", allowed="a value", key=key)
+    if names := getattr(feature, "names", None):
+        return [names[value] for value in values]
+    if getattr(feature, "dtype", None) in ("string", "large_string"):
+        return values
+    if str(getattr(feature, "dtype", "")).startswith(("int", "uint", "bool")):
+        return [str(value) for value in values]
+    raise InputError(
+        got=f"{what}: column {column!r} of type {feature}",
+        allowed="a column of text or of whole numbers",
+        key=key,
+    )
+
+
+def pixels_of(table: Any, column: str, what: str, key: str) -> Tensor:
+    """A column of images of one size: (n, H, W), or (n, 3, H, W) in colour, float32 in [0, 1].
+
+    Raises:
+        InputError: no such column, an image that cannot be decoded (its row is named), or of another size.
+    """
+    import numpy as np
+
+    _feature(table, column, what, key)
+    rows: list[Tensor] = []
+    for row in range(len(table)):
+        try:
+            picture = table[row][column]
+            wanted = "L" if picture.mode in ("1", "L", "I", "I;16", "LA") else "RGB"
+            pixels = torch.from_numpy(np.array(picture.convert(wanted)))
+        except Exception as error:  # a decoder may fail in any way
+            raise InputError(
+                got=f"{what}: the image in row {row} of {column!r} cannot be decoded: {_first_line(error)}",
+                allowed="readable images",
+                key=key,
+            ) from error
+        rows.append(pixels if pixels.dim() == 2 else pixels.permute(2, 0, 1))
+        if rows[-1].shape != rows[0].shape:
+            raise InputError(
+                got=f"{what}: an image of shape {tuple(rows[-1].shape)} in row {row}, the first is "
+                f"{tuple(rows[0].shape)}",
+                allowed="images of one size, all grey or all in colour",
+                key=key,
+            )
+    return torch.stack(rows).to(torch.float32) / 255
+
+
+def labelled_images(
+    name: str, classes: Sequence[str], sizes: tuple[int, int], local: str, key: str
+) -> Labelled:
+    """The first images of both splits of a set on the hub; classes are matched by name."""
+    splits = from_hub(name, None, local, key)
+    parts = []
+    for split, size in zip(("train", "test"), sizes, strict=True):
+        table = splits[split].select(range(size))
+        targets = numbers_of(texts_of(table, "label", name, key), classes, name, key)
+        parts.append(TensorDataset(pixels_of(table, "image", name, key), targets))
+    return Labelled(parts[0], parts[1], tuple(classes))
+
+
+def numbers_of(labels: Sequence[str], classes: Sequence[str], what: str, key: str) -> Tensor:
+    """(n,) int64: the numbers of classes, found by their names; signs, spaces and case don't count."""
+    number = {_plain(name): place for place, name in enumerate(classes)}
+    if unknown := sorted({label for label in labels if _plain(label) not in number}):
+        raise InputError(got=f"{what} with class {unknown[0]!r}", allowed=", ".join(classes), key=key)
+    return torch.tensor([number[_plain(label)] for label in labels], dtype=torch.int64)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The library without progress bars and log lines: what goes wrong is told by an InputError."""
+    import datasets
+
+    was_quiet, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not was_quiet:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _hub_is(online: bool) -> Iterator[None]:
+    """Tell the libraries that the hub is away, so that they look into their cache at once."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    if not online:
+        config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
+def _feature(table: Any, column: str, what: str, key: str) -> Any:
+    if column not in table.features:
+        raise InputError(
+            got=f"{what} with columns {', '.join(table.features)}", allowed=f"a column {column!r}", key=key
+        )
+    return table.features[column]
+
+
+def _format(path: Path, key: str) -> str:
+    if path.is_dir():
+        return "imagefolder"
+    if path.suffix.lower() not in _FORMATS:
+        raise InputError(got=f"{path}", allowed=f"a folder of images, or {', '.join(_FORMATS)}", key=key)
+    return _FORMATS[path.suffix.lower()]
+
+
+def _plain(name: str) -> str:
+    return "".join(sign for sign in name.lower() if sign.isalnum())
+
+
+def _shown(paths: Sequence[Path]) -> str:
+    return ", ".join(str(path) for path in paths)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
