@@ -55,7 +55,10 @@ PARTS: dict[tuple[str, tuple[str, ...]], Part] = {
     ("cl_moe.launch", ("build",)): BUILD,
     ("cl_moe.experiment", ()): Part("running the experiment"),
 }
-HOOKS = ("view", "begin", "batch", "loss", "gradients", "end", "state_dict", "load_state_dict")
+HOOKS = (
+    *("check", "view", "begin", "batch", "loss", "gradients", "end", "predict"),
+    *("state_dict", "load_state_dict"),
+)
 
 _DISK = {
     errno.ENOSPC: "the disk is full",
