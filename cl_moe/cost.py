@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
 from cl_moe.learner import Learner
+from cl_moe.measuring import Past
 from cl_moe.memory import PeakMemory, optimizer_bytes, storage_bytes
 from cl_moe.stream import IGNORE, Experience
+
+_LOADED_LATE = ("pyarrow.dataset", "pyarrow.parquet", "torch.profiler", "torch.utils.serialization")
+"""Libraries that the first row, fit or checkpoint of a process would load, and its later ones find."""
 
 
 class CostMeter:
@@ -19,10 +24,11 @@ class CostMeter:
 
     Args:
         learner: whose charges, model and strategies it reads.
+        past: what diagnostics keep.
     """
 
-    def __init__(self, learner: Learner) -> None:
-        self.learner = learner
+    def __init__(self, learner: Learner, past: Past) -> None:
+        self.learner, self.past = learner, past
         self.tokens = 0
         self.peak = PeakMemory()
         self._optimizer_bytes = 0  # in the last fit
@@ -34,6 +40,8 @@ class CostMeter:
         Args:
             experiences: with the data that the run holds already.
         """
+        for name in _LOADED_LATE:
+            import_module(name)
         data = [t for e in experiences for part in (e.train, e.test) for t in part.tensors]
         self.peak.start(storage_bytes([*data, *self.learner.model.state_dict().values()]))
 
@@ -53,8 +61,10 @@ class CostMeter:
         points: dict[str, float] = {
             "cost/seconds": seconds,
             "cost/eval_seconds": charges.seconds("eval"),
+            "cost/diagnostics_seconds": charges.seconds("diagnostics"),
             "cost/train_flops": charges.flops["train"],
             "cost/eval_flops": charges.flops["eval"],
+            "cost/diagnostics_flops": charges.flops["diagnostics"],
             "cost/examples_seen": charges.examples,
             "cost/params_total": sum(p.numel() for p in parameters),
             "cost/params_active": learner.model.active_parameters(),
@@ -62,11 +72,9 @@ class CostMeter:
             "cost/param_bytes": _bytes(parameters),
             "cost/optimizer_bytes": self._optimizer_bytes,
             "cost/buffer_bytes": sum(s.buffer_bytes for s in learner.strategies.values()),
+            "cost/diagnostics_bytes": self.past.num_bytes,
             "cost/peak_memory_bytes": self.peak.bytes(),
         }
-        if charges.flops["diagnostics"] or charges.seconds("diagnostics"):
-            points["cost/diagnostics_flops"] = charges.flops["diagnostics"]
-            points["cost/diagnostics_seconds"] = charges.seconds("diagnostics")
         for strategy in learner.strategies.values():
             points |= strategy.costs(learner.model)
         per_token = charges.flops_per_token("eval")
@@ -88,12 +96,18 @@ class CostMeter:
             "clock": {"seconds": self.learner.charges.clock(), "peak": self.peak.bytes()}
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from sums of an earlier process."""
+    def load_state_dict(self, state: dict[str, Any], same_run: bool = True) -> None:
+        """Go on from sums of an earlier process.
+
+        Args:
+            state: of ``state_dict``.
+            same_run: False for those of a branch's parent. Its operations, seconds and examples brought the
+                branch to where it stands; what its process held at most did not, and is the parent's alone.
+        """
         clock = state["clock"]
         self.learner.charges.load_state_dict(state["charges"], clock["seconds"])
         self.tokens, self._optimizer_bytes = state["tokens"], state["optimizer_bytes"]
-        self.peak.earlier = clock["peak"]
+        self.peak.earlier = clock["peak"] if same_run else 0
         self._trained = self._state()
 
     def _state(self) -> dict[str, Any]:

@@ -63,9 +63,7 @@ def evaluate(
     """
     distinct = {id(experience.test): experience.test for experience in experiences}
     place = {key: index for index, key in enumerate(distinct)}
-    tally = Tally(
-        len(distinct), learner.device, [probe_rows(len(data), samples) for data in distinct.values()]
-    )
+    tally = Tally(len(distinct), [probe_rows(len(data), samples) for data in distinct.values()])
     learner.tally, learner.then = tally, []
     loaders = [evaluation_loader(data, batch_size) for data in distinct.values()]
     with learner.charges.account("eval"):
@@ -113,7 +111,7 @@ def rewind(
         elif not then.is_of(learner.model):
             changed.append((experience, then))
     if changed:
-        learner.tally = Tally(len(changed), learner.device)
+        learner.tally = Tally(len(changed))
         learner.then = [then for _, then in changed]
         loaders = [evaluation_loader(experience.test, batch_size) for experience, _ in changed]
         with learner.charges.account("diagnostics"):

@@ -32,14 +32,14 @@ def run_experiment(run: Run) -> float:
 
 def grow_and_freeze(run: Run, experience: Experience) -> None:
     """Adapt the model to what comes, as schedule and policy decide; measure the shock (of upcycling, too)."""
-    census = run.census(experience)
-    with run.learner.charges.counting():
-        events = adapt(run.learner.model, census, run.growth, run.freeze, experience.classes, run.seed_init)
-    run.learner.ledger.extend(events)
-    seen = run.stream[: experience.index]
-    now = [event["act"] for event in run.learner.ledger if event["experience"] == experience.index]
+    census, classes = run.census(experience), experience.classes
+    learner, seen = run.learner, run.stream[: experience.index]
+    with learner.charges.counting():
+        learner.ledger += adapt(learner.model, census, run.growth, run.freeze, classes, run.seed_init)
+    now = [event["act"] for event in learner.ledger if event["experience"] == experience.index]
     if seen and {"grow", "upcycle"}.intersection(now):
-        run.record_shock(evaluate(run.trainer, run.learner, seen, run.spec.eval_batch_size))
+        with learner.charges.account("diagnostics"):
+            run.record_shock(evaluate(run.trainer, learner, seen, run.spec.eval_batch_size))
 
 
 def fit(run: Run, experience: Experience) -> None:

@@ -1,7 +1,8 @@
-"""What a run leaves behind as it ends: tables, figures, what it was made with, its model."""
+"""What a run leaves behind: what it was made with, and as it ends tables, figures, its model."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,9 +13,11 @@ from cl_moe.stream import Stream
 from cl_moe.tracking import artifacts, figures, model_files, overview, provenance
 from cl_moe.tracking.model_files import Learnt
 from cl_moe.tracking.record import Record
+from cl_moe.tracking.tracker import Tracker
 
-_OF_THE_START = ("config.yaml", "command.yaml", provenance.DIFF)
-"""Files that were written as the run began, if there was anything to write."""
+log = logging.getLogger(__name__)
+
+_OF_THE_START = ("config.yaml", "command.yaml", provenance.ENVIRONMENT, provenance.DATA, provenance.DIFF)
 
 
 class Run(Protocol):
@@ -28,15 +31,37 @@ class Run(Protocol):
     folder: Path
 
 
+def write_start(run: Run) -> None:
+    """Write the environment and the checksums of the data that a run begins with; those written stay."""
+    if not (run.folder / provenance.ENVIRONMENT).exists():
+        provenance.write_environment(run.folder / provenance.ENVIRONMENT)
+    if not (run.folder / provenance.DATA).exists():
+        provenance.write_data(run.fingerprint["stream"], run.folder / provenance.DATA)
+
+
+def tell_start(tracker: Tracker, folder: Path, anew: bool) -> None:
+    """Hand a tracker what a run was made with, and where it goes on if that is elsewhere than it began.
+
+    Args:
+        tracker: open, and set to where the run goes on.
+        folder: of the run.
+        anew: whether it goes on from no checkpoint, so that the tracker has nothing yet.
+    """
+    for path in (folder / name for name in _OF_THE_START) if anew else ():
+        if path.is_file():
+            tracker.artifact(path)
+    if changed := provenance.write_resumed(folder):
+        log.warning("Resumed in another environment (%s): see %s.", changed, provenance.RESUMED)
+        tracker.artifact(folder / provenance.RESUMED)
+
+
 def left_by(run: Run, say: Callable[[str], None]) -> Iterator[tuple[Path, str | None]]:
     """Write the files of a run that ends; yields each, and the artifact folder that it belongs to."""
     written = artifacts.write_artifacts(run.measured, run.folder)
     written += figures.write_figures(run.measured, run.folder)
     written += overview.write_overview(run.stream, run.folder)
-    written.append(provenance.write_data(run.fingerprint["stream"], run.folder / provenance.DATA))
-    for path in [*written, *(run.folder / name for name in _OF_THE_START)]:
-        if path.exists():
-            yield path, None
+    for path in written:
+        yield path, None
     for path in _model(run, say):
         yield path, model_files.MODEL
 

@@ -98,6 +98,10 @@ class Past:
             self.routers[experience] = RouterState.of(model, before)
         self.choices[experience] = dict(choices)
 
+    def forget(self) -> None:
+        """Hold nothing."""
+        self.routers, self.choices = {}, {}
+
     @property
     def num_bytes(self) -> int:
         """Bytes that it holds, each tensor once."""

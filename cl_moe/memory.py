@@ -55,7 +55,7 @@ class PeakMemory:
         _return_freed()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets the peak resident set size back
-            self._base = max(_resident("VmRSS") - held, 0)
+            self._base = max(_resident("VmRSS") - _of_files() - held, 0)
         except OSError:
             self._base = None
 
@@ -69,7 +69,8 @@ class PeakMemory:
             return int(torch.cuda.max_memory_allocated()) - (self._cuda_base or 0)
         if self._base is None:
             return _process_peak()
-        return max(_resident("VmHWM") - self._base, 0)
+        # Pages of libraries count as those of now: they come as code runs first, and hardly ever go.
+        return max(_resident("VmHWM") - _of_files() - self._base, 0)
 
 
 def optimizer_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
@@ -143,6 +144,11 @@ def _resident(name: str) -> int:
     if match is None:
         raise OSError(f"no {name} in /proc/self/status")
     return int(match[1]) * 1024
+
+
+def _of_files() -> int:
+    """Bytes of them that hold pages of files, code of libraries nearly all; Linux from 4.5 on."""
+    return _resident("RssFile")
 
 
 def _return_freed() -> None:

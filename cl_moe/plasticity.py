@@ -45,7 +45,7 @@ def observe(
         return {}
     data = experiences[-1].test
     probe = take(data, probe_rows(len(data), samples))
-    learner.tally, learner.then = Tally(1, learner.device), []
+    learner.tally, learner.then = Tally(1), []
     with learner.charges.account("diagnostics"), watching(learner.model) as seen:
         trainer.test(learner, dataloaders=evaluation_loader(probe, batch_size), verbose=False)
     return plasticity_points(seen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from cl_moe.errors import InputError
 from cl_moe.growth import Census, FreezePolicy, GrowthSchedule
 from cl_moe.layers.routing import ExpertLoad
 from cl_moe.learner import Learner
-from cl_moe.measuring import Measuring
+from cl_moe.measuring import Measuring, Past
 from cl_moe.metrics.functional import Choices
 from cl_moe.models import ContinualModel
 from cl_moe.plasticity import expected_points
@@ -74,12 +75,14 @@ def check_objective(objective: str, stream: Stream, learner: Learner, measuring:
         block: [ExpertLoad(torch.ones(size).double(), torch.ones(size).long(), torch.tensor(size))] * num
         for block, size in sizes.items()
     }
+    passed = ExpertLoad(torch.ones(1).double(), torch.ones(1).long(), torch.tensor(1))
     ended = Record(
         stream.kind,
         [experience.name for experience in stream],
         rows=[torch.zeros(num, dtype=torch.float64)] * (num + 1),
         loads=[loads] * (num + 1),
         cohorts=[{block: [(size, 0, False)] for block, size in sizes.items()}] * (num + 1),
+        depths=[{block: [passed] * num for block in learner.model.depth_blocks}] * (num + 1),
     )
     tokens = {block: Choices(torch.zeros(1).int(), torch.ones(1).int(), 1) for block in sizes}
     past = dict.fromkeys(range(num), tokens) if measuring.samples else {}
@@ -96,7 +99,7 @@ def check_objective(objective: str, stream: Stream, learner: Learner, measuring:
         ended.rewound[num] = torch.zeros(num - 1, dtype=torch.float64)
     if measuring.cumulative is not None:
         ended.cumulative = ended.matrix
-    names.objective(ended, objective, CostMeter(learner).points() | dict.fromkeys(_LATER, 1.0))
+    names.objective(ended, objective, CostMeter(learner, Past()).points() | dict.fromkeys(_LATER, 1.0))
 
 
 def check_learning(stream: Stream, training: Stream, growth: GrowthSchedule, freeze: FreezePolicy) -> None:
@@ -148,3 +151,18 @@ def fingerprint(stream: Stream, learner: Learner) -> dict[str, object]:
 
 def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def why_not(state: Mapping[str, Any], fingerprint: Mapping[str, Any], other_model: bool) -> str | None:
+    """Why a checkpoint's state is none of a run's, if it is not.
+
+    Args:
+        state: of the checkpoint.
+        fingerprint: of the run.
+        other_model: whether it may be of another model, as a dense parent's is that a mixture takes over.
+    """
+    theirs = state.get("fingerprint", {})
+    for part, what in (("stream", "another stream, or of other data"), ("model", "another model")):
+        if theirs.get(part) != fingerprint[part] and not (part == "model" and other_model):
+            return f"is of {what}"
+    return None

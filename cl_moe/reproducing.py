@@ -18,7 +18,7 @@ from cl_moe.schema import leaves, plain
 from cl_moe.tracking.artifacts import MATRIX, Matrix, read_matrix
 from cl_moe.tracking.fetching import Points, fetched, points_in_folder, points_in_store
 from cl_moe.tracking.outbox import RUN_ID_FILE, read_run_id
-from cl_moe.tracking.provenance import DATA, DIFF, ENVIRONMENT, diff, environment
+from cl_moe.tracking.provenance import DATA, DIFF, ENVIRONMENT, diff, environment_changes
 from cl_moe.words import is_under
 
 _KEY = "reproduce"
@@ -144,16 +144,7 @@ def _of_environment(text: str | None) -> Iterator[str]:
     if text is None:
         yield "its environment is not known"
         return
-    old, new = _named(text), _named(environment())
-    for name in dict.fromkeys((*old, *new)):
-        if old.get(name) != new.get(name):
-            yield f"{name} was {old.get(name, 'not there')}, is {new.get(name, 'not there')}"
-
-
-def _named(text: str) -> dict[str, str]:
-    """``{"python": "3.12.1 (CPython)", "numpy": "2.1.0"}`` of an environment's lines."""
-    pairs = (line.partition("==" if "==" in line else " ") for line in text.splitlines())
-    return {name: value for name, _, value in pairs}
+    yield from environment_changes(text)
 
 
 def _of_code(old: str) -> Iterator[str]:

@@ -26,7 +26,7 @@ from cl_moe.learner import Learner
 from cl_moe.measuring import Measuring, Past
 from cl_moe.progress import StreamProgress
 from cl_moe.stream import Experience, Stream
-from cl_moe.tracking import names, table
+from cl_moe.tracking import inside, names, table
 from cl_moe.tracking.loads import copy_rows, keep_row
 from cl_moe.tracking.record import Record
 from cl_moe.tracking.tracker import Tracker
@@ -92,9 +92,9 @@ class Run:
         experiences = self.training_stream
         self.progress = StreamProgress([e.name for e in experiences], self.spec.num_steps(experiences))
         self.trainer: L.Trainer = self.spec.build()
-        self.cost = CostMeter(self.learner)
         self.measured = Record(self.stream.kind, [experience.name for experience in self.stream])
         self.past = Past()
+        self.cost = CostMeter(self.learner, self.past)
         self.saved: Moment | None = None  # newest on the disk
         self.inside = False  # the model was adapted to the experience after the last row, and may be training
         self.trained = False  # it was trained on it, and its row is not measured yet
@@ -118,6 +118,7 @@ class Run:
     def open(self) -> Iterator[None]:
         """Hold the folder, open the tracker and the progress bar; close them as the run ends."""
         with ending.one_writer(self.folder), self.progress, self.watchdog:
+            leaving.write_start(self)  # whether or not MLflow answers
             self.tracker.start(self.folder, self.name, self.params, self.tags, self.go_on)
             self.cost.start([*self.stream, *self.training_stream])
             with ending.told(self):
@@ -132,12 +133,14 @@ class Run:
         if state is not None:
             self._load(state)
             self.tracker.load_state_dict(state["tracker"])
+            leaving.tell_start(self.tracker, self.folder, anew=False)
             self.tracker.send()
             self.tracker.tag("failure", "none")  # whatever ended the earlier process does not hold any more
             self.saved = Moment(state["boundary"], state["batches"])
             self._say_where("resumed")
             return
         self.tracker.load_state_dict(None)
+        leaving.tell_start(self.tracker, self.folder, anew=True)
         self.measured.cumulative = self.measuring.matrix
         if self.branch is not None:
             self._start_from(self.branch)
@@ -196,12 +199,13 @@ class Run:
 
     def finish(self) -> float:
         """Write artifacts and figures, print the table, return the objective."""
+        costs = self.cost.points()  # the figures are drawn after the run, and are no part of its peak
         for path, place in leaving.left_by(self, self.progress.say):
             self.tracker.artifact(path, place)
         self.progress.say("")
-        self.progress.console.print(table.run_table(self.measured, self.cost.points()))
+        self.progress.console.print(table.run_table(self.measured, costs))
         self.progress.say(f"written to {self.folder}")
-        return names.objective(self.measured, self.objective, self.cost.points())
+        return names.objective(self.measured, self.objective, costs)
 
     def _tick(self) -> None:
         self.progress.tick()
@@ -257,13 +261,7 @@ class Run:
 
     def _refuse(self, state: Mapping[str, Any]) -> str | None:
         """Why a state is not this run's, if it is not."""
-        theirs = state.get("fingerprint", {})
-        for part, what in (("stream", "another stream, or of other data"), ("model", "another model")):
-            if part == "model" and self.upcycled is not None:
-                continue  # the parent's is a dense one
-            if theirs.get(part) != self.fingerprint[part]:
-                return f"is of {what}"
-        return None
+        return preflight.why_not(state, self.fingerprint, other_model=self.upcycled is not None)
 
     def _start_from(self, branch: Branch) -> None:
         """Take over a parent's boundary; a strategy new here is shown the past, as if it had been there."""
@@ -272,9 +270,11 @@ class Run:
         if self.upcycled is not None:
             state = self.upcycled.take_over(state)
         self._load(state)
+        self.cost.load_state_dict(state["cost"], same_run=False)
         if self.upcycled is not None:
-            self.past = Past()  # what the dense parent chose by is no part of the mixture
+            self.past.forget()  # what the dense parent chose by is no part of the mixture
         copy_rows(branch.folder, self.folder, branch.boundary)
+        self.learner.place_classes()  # a strategy may ask for the loss on the past
         for name, strategy in self.learner.strategies.items():
             if name not in state["learner"]["strategies"]:
                 for experience in self.training_stream[: branch.boundary]:
@@ -283,6 +283,8 @@ class Run:
                         strategy.end(self.learner.outlook())
         for i in range(branch.boundary + 1):
             self.tracker.add(names.all_points(self.measured, i), i)
+        for step, points in inside.anytime_points(self.measured):
+            self.tracker.add(points, step)
         self.tracker.add(self.cost.points(), self.trainer.global_step)
         self._save(Moment(branch.boundary))
         self._say_where("branched off")

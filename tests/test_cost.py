@@ -190,7 +190,6 @@ def test_a_runs_peak_is_its_own(run_of: Callable, monkeypatch: pytest.MonkeyPatc
     def greedy(self: Naive, outlook: object) -> None:
         torch.ones(200 * MIB // 4)
 
-    run_of(name="libraries")  # what the first fit of a process loads
     before = run_of(name="before").cost.points()["cost/peak_memory_bytes"]
     with monkeypatch.context() as patch:
         patch.setattr(Naive, "begin", greedy)

@@ -26,9 +26,10 @@ WHERE_THERE_IS = {"git.diff", "cohort_load.png", "leak_matrix.png", "forgetting_
 STREAM = {"average_accuracy", "forgetting", "backward_transfer", "average_anytime_accuracy"}
 STREAM |= {"learning_accuracy", "forward_transfer"}
 LOADS = {"usage", "unevenness", "entropy", "effective_experts", "gini", "max_violation", "dead_fraction"}
-LOADS |= {"drop_rate", "num_experts", "num_frozen"}
+LOADS |= {"drop_rate", "squared_cv", "num_experts", "num_frozen"}
 COSTS = {"seconds", "tokens_per_second", "params_total", "params_trainable", "buffer_bytes", "eval_seconds"}
 COSTS |= {"train_flops", "eval_flops", "inference_flops_per_token", "params_active", "peak_memory_bytes"}
+COSTS |= {"diagnostics_flops", "diagnostics_seconds", "diagnostics_bytes"}
 COSTS |= {"param_bytes", "optimizer_bytes", "examples_seen"}
 SMALL = ("trainer.epochs=1", "hydra.sweep.dir=sweep", "trainer.log_every=4")
 

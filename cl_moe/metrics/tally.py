@@ -18,17 +18,20 @@ from cl_moe.metrics.scores import ExperienceScores
 class Tally:
     """Scores, calibration, expert loads and the choices of a probe set, of some test sets.
 
+    It adds up on the device of what it is given: where the model computes is known once it computes, since
+    the Trainer moves it there as an evaluation begins.
+
     Args:
         num_sets: how many test sets.
-        device: on which the model computes.
         probe: of each test set the rows whose choices are kept; None: of no row.
     """
 
-    def __init__(self, num_sets: int, device: torch.device, probe: Sequence[Tensor] | None = None) -> None:
-        self.scores = ExperienceScores(num_sets).to(device)
-        self.calibration = CalibrationErrors(num_sets).to(device)
-        self.loads = ExpertLoads(num_sets).to(device)
-        self.peaks = PeakLoads(num_sets).to(device)
+    def __init__(self, num_sets: int, probe: Sequence[Tensor] | None = None) -> None:
+        self.scores = ExperienceScores(num_sets)
+        self.calibration = CalibrationErrors(num_sets)
+        self.loads = ExpertLoads(num_sets)
+        self.peaks = PeakLoads(num_sets)
+        self._sums = (self.scores, self.calibration, self.loads, self.peaks)
         self.choices = ProbeChoices(probe or [torch.empty(0, dtype=torch.int64)] * num_sets)
 
     def update(
@@ -43,11 +46,15 @@ class Tally:
 
         Args:
             test_set: which one the batch is of; its batches come in order.
-            scored: sum and number of scores, as ``ExperienceScores`` takes them.
+            scored: sum and number of scores, as ``ExperienceScores`` takes them; the sum on the device of the
+                logits.
             num_rows: examples of the batch.
             routings: what was routed, by block.
             sure: probabilities of the answers and whether they are right; None where calibration is not told.
         """
+        if self.scores.device != scored[0].device:  # before the first batch: nothing was added up yet
+            for sums in self._sums:
+                sums.to(scored[0].device)
         self.scores.update(test_set, *scored)
         if sure is not None:
             self.calibration.update(test_set, *sure)

@@ -111,6 +111,11 @@ class ContinualModel(nn.Module, ABC):
             if isinstance(layer, ExpertLayer) and len(layer.cohorts) > 0
         }
 
+    @property
+    def depth_blocks(self) -> Sequence[int]:
+        """Blocks that let only some tokens through (Mixture-of-Depths)."""
+        return ()
+
     def active_parameters(self) -> int:
         """Parameters that take part in computing one token, on average over tokens."""
         return active_parameters(self)

@@ -101,6 +101,11 @@ class TransformerBody(ContinualModel):
                     layers[self.projection_key(block, name)] = layer
         return layers
 
+    @property
+    def depth_blocks(self) -> list[int]:
+        """Blocks that let only some tokens through, in order."""
+        return sorted(int(at) for at in self.depths)
+
     def active_parameters(self) -> int:
         """The same; of a block at depth the share that its capacity is, since the other tokens pass by."""
         active = super().active_parameters()

@@ -19,8 +19,6 @@ from cl_moe.errors import InputError
 from cl_moe.tracking.inside import ANYTIME, write_anytime
 from cl_moe.tracking.loads import LOADS, write_loads
 from cl_moe.tracking.loads import read_loads as read_loads
-from cl_moe.tracking.provenance import ENVIRONMENT
-from cl_moe.tracking.provenance import write_environment as write_environment
 from cl_moe.tracking.record import Record
 
 MATRIX = "accuracy_matrix.csv"
@@ -43,7 +41,7 @@ class Matrix(NamedTuple):
 
 
 def write_artifacts(record: Record, folder: Path) -> list[Path]:
-    """Write matrix, ledger, loads and leak (no lines without experts), environment into ``folder``.
+    """Write matrix, ledger, loads and leak (no lines without experts) into ``folder``.
 
     Evaluations inside experiences too, where there were any.
 
@@ -60,7 +58,6 @@ def write_artifacts(record: Record, folder: Path) -> list[Path]:
         write_ledger(record.ledger, folder / LEDGER),
         write_loads(record, folder / LOADS),
         write_leak(record, folder / LEAK),
-        write_environment(folder / ENVIRONMENT),
     ]
 
 

@@ -26,6 +26,7 @@ _OF_COUNT: dict[str, Callable[[Tensor], Tensor]] = {
     "gini": F.gini,
     "max_violation": F.max_violation,
     "dead_fraction": F.dead_fraction,
+    "squared_cv": F.squared_cv,
 }
 
 

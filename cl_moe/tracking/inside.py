@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
 
@@ -78,12 +78,15 @@ def add_anytime(record: Record, experience: int, step: int, scores: Tensor) -> d
         scores: (experience + 1,) float64, of it and of those before it.
     """
     steps, rows = open_anytime(record, experience)
-    T, word = len(record.names), _word(record)
     record.anytime[experience] = torch.cat([steps, torch.tensor([step])]), torch.cat([rows, scores[None]])
-    sign = -1 if record.kind == "language" else 1
-    return {
-        f"anytime_{word}/experience_{numbered(j, T)}": sign * value for j, value in enumerate(scores.tolist())
-    }
+    return _anytime_row(record, scores)
+
+
+def anytime_points(record: Record) -> Iterator[tuple[int, dict[str, float]]]:
+    """Optimizer step and metrics of every evaluation inside experiences so far, oldest first."""
+    for _, (steps, rows) in sorted(record.anytime.items()):
+        for step, scores in zip(steps.tolist(), rows, strict=True):
+            yield step, _anytime_row(record, scores)
 
 
 def gap_points(record: Record, i: int) -> dict[str, float]:
@@ -117,6 +120,14 @@ def write_anytime(record: Record, path: Path) -> Path:
             table.writerows([step, j, repr(score)] for j, score in enumerate(row))
     files.write_atomically(path, text.getvalue().encode())
     return path
+
+
+def _anytime_row(record: Record, scores: Tensor) -> dict[str, float]:
+    T, word = len(record.names), _word(record)
+    sign = -1 if record.kind == "language" else 1
+    return {
+        f"anytime_{word}/experience_{numbered(j, T)}": sign * value for j, value in enumerate(scores.tolist())
+    }
 
 
 def _word(record: Record) -> str:

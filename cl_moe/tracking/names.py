@@ -165,7 +165,7 @@ def objective(
         InputError: no such metric, or it is undefined for this run.
     """
     last = record.experiences_trained
-    points = {**(others or {}), **stream_points(record, last), **expert_points(record, last)}
+    points = {**(others or {}), **all_points(record, last)}
     if record.kind == "language" and "stream/average_loss" in points:
         points[DEFAULT_OBJECTIVE] = -points["stream/average_loss"]
     if name not in points or not math.isfinite(points[name]):

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import torch
 import cl_moe
 from cl_moe.files import write_atomically
 
-ENVIRONMENT, DIFF, DATA = "environment.txt", "git.diff", "data.json"
+ENVIRONMENT, RESUMED = "environment.txt", "environment_resumed.txt"
+DIFF, DATA = "git.diff", "data.json"
 _MOST_BYTES = 1_000_000  # of a diff
 _SECONDS = 10.0  # that git may take
 
@@ -25,6 +26,28 @@ def write_environment(path: Path) -> Path:
     """``environment`` as a file, whole or not at all."""
     write_atomically(path, environment().encode())
     return path
+
+
+def write_resumed(folder: Path) -> str:
+    """Write the environment of a run that goes on in another one than it began in.
+
+    Returns:
+        What differs, in a few words; empty if nothing does, and then nothing is written.
+    """
+    changes = list(environment_changes((folder / ENVIRONMENT).read_text(encoding="utf-8")))
+    if not changes:
+        return ""
+    write_environment(folder / RESUMED)
+    more = f", and {len(changes) - 2} more" if len(changes) > 2 else ""
+    return "; ".join(changes[:2]) + more
+
+
+def environment_changes(text: str) -> Iterator[str]:
+    """In what the environment of now differs from one that ``environment`` described, a line each."""
+    old, new = _named(text), _named(environment())
+    for name in dict.fromkeys((*old, *new)):
+        if old.get(name) != new.get(name):
+            yield f"{name} was {old.get(name, 'not there')}, is {new.get(name, 'not there')}"
 
 
 def environment() -> str:
@@ -100,6 +123,12 @@ def data_checksum(checksums: object) -> str:
     False
     """
     return f"{zlib.crc32(json.dumps(checksums).encode()):08x}"
+
+
+def _named(text: str) -> dict[str, str]:
+    """``{"python": "3.12.1 (CPython)", "numpy": "2.1.0"}`` of an environment's lines."""
+    pairs = (line.partition("==" if "==" in line else " ") for line in text.splitlines())
+    return {name: value for name, _, value in pairs}
 
 
 def _git(*words: str) -> bytes:

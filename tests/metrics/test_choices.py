@@ -93,9 +93,19 @@ def test_peaks_are_sums_over_batches():
     assert one.compute()[0].tolist() == [[1.0, 1.0]]
 
 
+def test_a_tally_adds_up_where_the_model_computes():
+    tally = Tally(2)
+    there = torch.device("meta")  # stands for any device that is not the CPU
+    scored = torch.zeros((), device=there), torch.zeros((), dtype=torch.int64, device=there)
+    tally.update(0, scored, 3, {})
+    for sums in (tally.scores.score_sum, tally.scores.count, tally.calibration.sums):
+        assert sums.device == there
+    assert {tally.peaks.device, tally.loads.device} == {there}
+
+
 def test_a_tally_folds_everything_at_once():
     layer = MoE(dim=4, num_experts=6, hidden=4).eval()
-    tally = Tally(2, torch.device("cpu"), [torch.tensor([1]), torch.tensor([0])])
+    tally = Tally(2, [torch.tensor([1]), torch.tensor([0])])
     batches = [(0, torch.randn(3, 4)), (1, torch.randn(5, 4)), (0, torch.randn(2, 4))]
     expected = [torch.zeros(6, dtype=torch.int64) for _ in range(2)]
     for place, part in batches:

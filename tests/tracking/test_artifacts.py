@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 
 from cl_moe.errors import InputError
 from cl_moe.layers.routing import ExpertLoad
-from cl_moe.tracking import artifacts
+from cl_moe.tracking import artifacts, provenance
 from cl_moe.tracking.record import Record
 
 
@@ -41,7 +41,7 @@ def record():
 
 def test_all_of_them(record, tmp_path):
     written = artifacts.write_artifacts(record, tmp_path / "new")
-    names = {"accuracy_matrix.csv", "ledger.json", "environment.txt", "expert_load.parquet", "leak.csv"}
+    names = {"accuracy_matrix.csv", "ledger.json", "expert_load.parquet", "leak.csv"}
     assert {path.name for path in written} == names == set(os.listdir(tmp_path / "new"))
     record.loads = [{}, {}, {}]
     assert {path.name for path in artifacts.write_artifacts(record, tmp_path / "dense")} == names
@@ -133,7 +133,7 @@ def test_loads_of_nothing(tmp_path):
 
 
 def test_environment_names_versions_and_no_places(tmp_path):
-    text = artifacts.write_environment(tmp_path / "e.txt").read_text()
+    text = provenance.write_environment(tmp_path / "e.txt").read_text()
     lines = text.splitlines()
     assert lines[0].startswith("python 3.")
     assert f"torch=={torch.__version__}".split("+")[0] in text

@@ -128,7 +128,7 @@ def test_two_arms(stored: Stored, tmp_path: Path) -> None:
     expected = stats.ttest_rel(ours, base).confidence_interval(0.95)
     got = [float(rows["replay"][f"difference/{part}"]) for part in ("mean", "t_low", "t_high", "pairs")]
     np.testing.assert_allclose(got, [(ours - base).mean(), expected.low, expected.high, 3], rtol=1e-9)
-    assert rows["replay"]["difference/low"] == rows["replay"]["difference/bootstrap_low"]
+    assert rows["replay"]["difference/low"] == rows["replay"]["difference/t_low"]  # of three pairs
     assert float(rows["replay"]["difference/p"]) == pytest.approx(0.25)  # three pairs, all better
     assert rows["replay"]["baseline"] == "naive"
     assert rows["naive"]["difference/mean"] == ""
@@ -180,6 +180,8 @@ def test_group_by_keys_metric_and_baseline(stored: Stored, tmp_path: Path) -> No
         ({"match": Match("cost/train_flop")}, "--match"),
         ({"match": Match("stream/forgetting")}, "--match"),
         ({"match": Match("cost/seconds", -0.1)}, "--tolerance"),
+        ({"group_by": ()}, "--group-by"),
+        ({"sweep": "zz"}, "allowed: one"),
         ({"how": Inference(resamples=1)}, "--resamples"),
     ],
 )

@@ -86,6 +86,8 @@ def test_the_numbers_are_there(num: int, T: int, experts: int, tmp_path: Path) -
         (first, *_) = stream["loads"]
         np.testing.assert_allclose(np.mean(first["rows"], axis=0), 1.0, rtol=0.02)  # in even shares
         assert len(first["rows"]) == min(experts, 64)
+        # the number beside the first row is the one in its name
+        assert re.search(r"\d+$|(?<=group )\d+", first["experts"][0])[0] == str(first["first"])  # type: ignore[index]
     else:
         assert stream["loads"] is None
 
@@ -136,7 +138,9 @@ def test_the_page_is_the_same_each_time_and_small(tmp_path: Path) -> None:
 def test_latex_prints_names_as_they_are(tmp_path: Path) -> None:
     view = many(3)
     rows = [row._replace(arm=EVIL) for row in view.comparison.rows]
-    text = write_latex([view.comparison._replace(rows=rows, stream="a\n\\b")], tmp_path / "a.tex").read_text()
+    text = write_latex(
+        [view.comparison._replace(rows=rows, stream="a\n\\b")], FEW, tmp_path / "a.tex"
+    ).read_text()
     body = text[text.index(r"\begin{tabular}") :]
     lines = [line for line in body.splitlines() if line.endswith(r"\\")]
     columns = re.search(r"\\begin\{tabular\}\{(\w+)\}", body)
@@ -204,6 +208,8 @@ say.tip = document.querySelector(".tip").textContent;
 document.querySelector(".panels").value = 2;
 document.querySelector(".panels").dispatchEvent(new Event("change"));
 say.ticks = all(".curves text").map((one) => one.textContent);
+say.experts = all(".loads text").map((one) => one.textContent);
+say.first = data.streams[0].loads[0].experts[0];
 document.body.dataset.said = JSON.stringify(say);
 </script>"""
 
@@ -219,7 +225,7 @@ def opened(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
 @in_browser
 def test_sorting_hiding_filtering_hovering(tmp_path: Path) -> None:
     """By a hand in the page: for it, the policy that would stop it is taken out."""
-    view = many(4, 3)
+    view = many(4, 3, experts=5)
     path = write_report([view], [], "x", FEW, None, tmp_path / "report.html")
     page = re.sub(r"<meta http-equiv[^>]*>", "", path.read_text()).replace("</body>", f"{HAND}</body>")
     path.write_text(page)
@@ -236,6 +242,8 @@ def test_sorting_hiding_filtering_hovering(tmp_path: Path) -> None:
     }
     assert {line[7:]: value for line, value in ends.items()} == pytest.approx(expected, abs=6e-4)
     assert list(ends.values()) == sorted(ends.values(), reverse=True)
+    assert said["first"] == "expert 0"
+    assert said["experts"][:5] == list("01234")  # ids begin at 0, on the axis too
     assert "0" in said["ticks"]  # the curve of one experience begins before training
 
 

@@ -37,7 +37,7 @@ def cells_of(values: np.ndarray) -> dict[tuple[int, int], float]:
 @given(numbers)
 @settings(deadline=None)
 def test_students_interval_is_the_paired_t_test(x: list[float]) -> None:
-    got = student_interval(x, 0.9)
+    got = student_interval({(0, k): value for k, value in enumerate(x)}, 0.9)
     if np.std(x) > 1e-6:
         low, high = stats.t.interval(0.9, len(x) - 1, np.mean(x), stats.sem(x))
         np.testing.assert_allclose(got, [low, high], rtol=1e-6, atol=1e-9)
@@ -54,11 +54,25 @@ def test_differences_without_an_interval() -> None:
 
 
 def test_the_interval_that_is_shown() -> None:
-    ours, zero = {(0, s): s**2 + 1.0 for s in range(4)}, {(0, s): 0.0 for s in range(4)}
+    ours, zero = {(0, s): s**2 + 1.0 for s in range(5)}, {(0, s): 0.0 for s in range(5)}
     boot, student = (contrast(ours, zero, Inference(interval=kind)) for kind in ("bootstrap", "t"))
     assert boot.shown == boot.bootstrap == student.bootstrap
     assert student.shown == student.student == boot.student
     assert boot.shown != student.shown
+    assert (boot.resampled, student.resampled, boot.few) == (True, False, False)
+
+
+@pytest.mark.parametrize("places", [
+    [(0, s) for s in range(4)], [(k, k) for k in range(4)], [(o, s) for o in range(2) for s in range(7)],
+    [(o, s) for o in range(5) for s in range(4)], [(0, 0)],
+])  # fmt: skip
+def test_of_few_levels_students_interval_is_shown(places: list[tuple[int, int]]) -> None:
+    ours = {(o, s): o**2 + math.sin(s) for o, s in places}
+    one = contrast(ours, dict.fromkeys(ours, 0.0), Inference())
+    np.testing.assert_array_equal(one.shown, one.student)  # NaN of one pair
+    assert one.few
+    assert not one.resampled
+    assert np.isnan(one.shown).all() == (len(places) == 1)
 
 
 def test_spread_of_few() -> None:

@@ -140,6 +140,7 @@ class TestExperts:
             pairs = np.abs(c[:, None] - c[None, :]).sum()
             assert get["gini"] == pytest.approx(pairs / (2 * 16 * c.mean()))
             assert get["max_violation"] == pytest.approx(c.max() / c.mean() - 1)
+            assert get["squared_cv"] == pytest.approx(c.var() / c.mean() ** 2)
             assert get["dead_fraction"] == 0.25
             assert get["drop_rate"] == pytest.approx(1 - kept / c.sum())
             assert get["num_experts"] == 4

@@ -14,7 +14,15 @@ _Kind = tuple[str, frozenset[tuple[str, str]]]
 _MEASURED = {"definitions": "definitions of the metrics", "data": "data", "experiences": "lengths"}
 # Where, when and by which seeds a run ran is no part of its configuration.
 _NOT_CONFIGURATION: tuple[str, ...] = ("seed.", "stream.", "tracking.", "checkpoint.", "eval.", "output_dir")
-_NOT_CONFIGURATION += ("resume", "auto_resume", "branch", "objective", "mlflow_experiment", "arm")
+_NOT_CONFIGURATION += (
+    "resume",
+    "auto_resume",
+    "branch",
+    "objective",
+    "mlflow_experiment",
+    "arm",
+    "reproduce",
+)
 
 
 @dataclass(frozen=True)
@@ -66,9 +74,11 @@ def by_stream(
     newest counts. An arm holds runs of one version of the code, its newest, unless ``mixed``.
 
     Raises:
-        InputError: no run has a param or tag of that name.
+        InputError: no key, or no run has a param or tag of that name.
     """
     runs = list(runs)
+    if not keys:
+        raise InputError(got="no key", allowed="at least one param or tag", key="--group-by")
     for key in keys:
         if not any(key in run.about for run in runs):
             known = sorted({name for run in runs for name in run.about if not name.startswith("mlflow.")})

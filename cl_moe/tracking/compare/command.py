@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = _parser().parse_args(arguments)
     try:
+        if options.uri is not None and not options.uri.strip():
+            allowed = "sqlite:///<file> or http(s)://<server>"
+            raise InputError(got=repr(options.uri), allowed=allowed, key="--uri")
         if options.sync is not None:
             _sync(options)
             return
@@ -60,7 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--mixed", action="store_true", help="average runs of several versions of the code, too")
     option("--match", metavar="COST", help="also at equal cost: cost/train_flops, cost/buffer_bytes, ...")
     option("--tolerance", type=float, default=0.1, help="of --match, as a share (default: %(default)s)")
-    option("--interval", choices=("bootstrap", "t"), default="bootstrap", help="(default: %(default)s)")
+    option(
+        "--interval",
+        choices=("bootstrap", "t"),
+        default="bootstrap",
+        help="(default: %(default)s; t where few)",
+    )
     option(
         "--resamples", type=int, default=10_000, metavar="N", help="of bootstrap and test (default: 10000)"
     )
@@ -76,14 +84,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compare(options: argparse.Namespace) -> tuple[Result, Match | None]:
-    from cl_moe.tracking.compare.match import Match
+    from cl_moe.tracking.compare.match import Match, check_tolerance
     from cl_moe.tracking.compare.statistics import Inference
 
+    check_tolerance(options.tolerance)
     match = Match(options.match, options.tolerance) if options.match is not None else None
     result = compare(
         options.uri or DEFAULT_URI,
         options.experiment,
-        group_by=[key.strip() for key in options.group_by.split(",") if key.strip()] or ["arm"],
+        group_by=[key.strip() for key in options.group_by.split(",") if key.strip()],
         metric=options.metric,
         out=options.out,
         sweep=options.sweep,

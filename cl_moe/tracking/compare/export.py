@@ -10,8 +10,8 @@ from pathlib import Path
 
 from cl_moe import files
 from cl_moe.tracking.compare.runs import lower_is_better
-from cl_moe.tracking.compare.statistics import FEW_PAIRS, Contrast, Interval, Spread
-from cl_moe.tracking.compare.table import Comparison, Row, best, head, p_text, short, signed
+from cl_moe.tracking.compare.statistics import Contrast, Inference, Interval, Spread
+from cl_moe.tracking.compare.table import Comparison, Row, best, head, interval_words, p_text, short, signed
 
 _NAN = float("nan")
 _NO_SPREAD = Spread(_NAN, _NAN, 0)
@@ -34,7 +34,8 @@ _LATEX = {
 def write_csv(comparisons: Sequence[Comparison], path: Path) -> Path:
     """A line per stream and arm; full precision; an empty cell is undefined.
 
-    ``difference/low`` and ``high`` are the interval that was chosen; both kinds stand behind.
+    ``difference/low`` and ``high`` are the interval that tables show; both kinds stand behind. Names that a
+    spreadsheet would take for a formula begin with an apostrophe.
     """
     keys = list(dict.fromkeys(key for one in comparisons for key in one.rows[0].metrics))
     text = io.StringIO()
@@ -45,19 +46,19 @@ def write_csv(comparisons: Sequence[Comparison], path: Path) -> Path:
     for one in comparisons:
         for row in one.rows:
             values = [value for key in keys for value in row.metrics.get(key, _NO_SPREAD)]
-            cells = [*map(_exact, values), one.metric, one.baseline or "", *_difference(row)]
+            cells = [*map(_exact, values), one.metric, _plain(one.baseline or ""), *_difference(row)]
             worst = row.worst_order or ("", _NAN)
             cells += [*map(_exact, row.variance[:3]), " ".join(row.variance.clipped)]
-            cells += [worst[0], _exact(worst[1]), *_matched(row)]
-            writer.writerow([one.stream, row.full, row.runs, row.seeds, row.orders, *cells])
+            cells += [_plain(worst[0]), _exact(worst[1]), *_matched(row)]
+            writer.writerow([_plain(one.stream), _plain(row.full), row.runs, row.seeds, row.orders, *cells])
     files.write_atomically(path, text.getvalue().encode())
     return path
 
 
-def write_latex(comparisons: Sequence[Comparison], path: Path) -> Path:
+def write_latex(comparisons: Sequence[Comparison], how: Inference, path: Path) -> Path:
     """A ``tabular`` per stream, to be ``\\input``; rules of booktabs where it is loaded, plain ones else."""
     rules = "".join(rf"\providecommand{{\{name}}}{{\hline}}" for name in ("toprule", "midrule", "bottomrule"))
-    tables = "\n\n".join(_tabular(one) for one in comparisons)
+    tables = "\n\n".join(_tabular(one, how) for one in comparisons)
     files.write_atomically(path, f"{rules}\n\n{tables}\n".encode())
     return path
 
@@ -71,16 +72,15 @@ def latex(text: str) -> str:
     return "".join(_LATEX.get(letter, letter) for letter in text)
 
 
-def _tabular(one: Comparison) -> str:
+def _tabular(one: Comparison, how: Inference) -> str:
     keys = [key for key in one.rows[0].metrics if not key.startswith(("cost/", "experts/"))]
     against = latex(one.baseline or "the baseline")
     heads = ["arm", "$n$", *(f"{latex(head(key))} ${_arrow(key)}$" for key in keys)]
     heads += [f"difference from {against}", "$p$ (Holm)"]
     rows = [" & ".join(_cells(one, row, keys)) + r" \\" for row in one.rows]
-    about = (
-        f"% {one.stream}: mean ± standard deviation over n runs; difference in {one.metric} with a confidence"
-    )
-    about += f" interval (pairs; ~: fewer than {FEW_PAIRS}, weak); p of the sign-flip test, Holm over arms."
+    about = f"% {one.stream}: mean ± standard deviation over n runs; difference in {one.metric} with its "
+    about += f"{interval_words([one], how)} and the number of pairs; p of the sign-flip test, the larger of "
+    about += "those of orders and of seeds, Holm over arms."
     return "\n".join(
         [
             about.replace("\n", " "),
@@ -100,13 +100,15 @@ def _cells(one: Comparison, row: Row, keys: Sequence[str]) -> list[str]:
     for key in keys:
         mean, std, _ = row.metrics[key]
         text = latex(short(mean)) if math.isnan(mean) else _number(short(mean))
-        text = rf"\textbf{{{text}}}" if mean == best(one, key) else text
+        text = (
+            _number(rf"\mathbf{{{short(mean)}}}") if mean == best(one, key) else text
+        )  # \textbf is not math
         cells.append(text + ("" if math.isnan(std) else rf" $\pm$ {_number(short(std))}"))
     if row.difference is None or row.difference.pairs == 0:
         return [*cells, "--", "--"]
     low, high = row.difference.shown
     pairs = row.difference.pairs
-    weak = r"$\sim$" if pairs < FEW_PAIRS else ""
+    weak = r"$\sim$" if row.difference.few else ""
     interval = "" if pairs < 2 else f" {weak}[{_number(signed(low))}, {_number(signed(high))}]"
     return [*cells, f"{_number(signed(row.difference.mean))}{interval} ({pairs})", _p(row.difference.p_holm)]
 
@@ -135,6 +137,15 @@ def _matched(row: Row) -> list[str]:
         return [""] * len(_MATCH)
     numbers = [one.cost, one.ratio, float(one.within), one.score, float(one.spent_all), float(one.pairs)]
     return [_exact(number) for number in (*numbers, one.difference, *one.interval)]
+
+
+def _plain(name: str) -> str:
+    """A name that no spreadsheet runs.
+
+    >>> _plain("=1+1"), _plain("lwf"), _plain("-")
+    ("'=1+1", 'lwf', '-')
+    """
+    return f"'{name}" if len(name) > 1 and name[0] in "=+-@\t\r" else name
 
 
 def _exact(value: float) -> str:

@@ -6,7 +6,7 @@ Legend: T experiences, R (T + 1, T).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,9 +15,9 @@ import numpy as np
 from cl_moe.errors import InputError
 from cl_moe.tracking.compare.arms import Arm
 from cl_moe.tracking.compare.left import Left
-from cl_moe.tracking.compare.runs import ACCURACY, LOSS, Pair
+from cl_moe.tracking.compare.runs import ACCURACY, LOSS, Pair, Run, shortened
 from cl_moe.tracking.compare.statistics import Inference, Interval, contrast, spread
-from cl_moe.tracking.compare.table import Comparison, head, interval_text, new_table, short, signed
+from cl_moe.tracking.compare.table import Comparison, head, interval_text, short, signed, table_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,6 +27,7 @@ _ADDS_UP = {f"cost/{part}{what}" for part in ("eval_", "diagnostics_") for what 
 _ADDS_UP |= {"cost/train_flops", "cost/seconds", "cost/examples_seen"}
 """Costs that grow while a run trains, so that a run can be stopped at a budget; others are sizes."""
 
+_ALWAYS = "cost/seconds"  # every run has it at every boundary
 _NONE = float("nan")
 
 
@@ -49,8 +50,7 @@ class Match(NamedTuple):
         """
         if not self.key.startswith("cost/"):
             raise InputError(got=f"{self.key!r}", allowed="a cost, such as cost/train_flops", key="--match")
-        if not 0 <= self.tolerance < math.inf:
-            raise InputError(got=f"{self.tolerance}", allowed="0 or more", key="--tolerance")
+        check_tolerance(self.tolerance)
 
 
 class Matched(NamedTuple):
@@ -66,6 +66,7 @@ class Matched(NamedTuple):
         difference: of ``score`` from the baseline's at its end.
         interval: of ``difference``.
         pairs: runs that were interpolated.
+        few: too few of them for a bootstrap.
     """
 
     cost: float
@@ -76,10 +77,21 @@ class Matched(NamedTuple):
     difference: float = _NONE
     interval: Interval = Interval(_NONE, _NONE)
     pairs: int = 0
+    few: bool = False
 
 
 Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """``{run id: (cost at each boundary, score on all experiences there)}``."""
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Refuse what is no share.
+
+    Raises:
+        InputError: below 0, infinite or NaN.
+    """
+    if not 0 <= tolerance < math.inf:
+        raise InputError(got=f"{tolerance}", allowed="0 or more", key="--tolerance")
 
 
 def match_arms(
@@ -114,26 +126,58 @@ def match_arms(
 
 
 def read_curves(client: MlflowClient, left: Sequence[Left], key: str) -> Curves:
-    """Cost and score at every boundary, for costs that add up: one query per run.
+    """Cost and score at every boundary, for costs that add up: one query per run, or two.
 
     Runs whose cost was not written at every boundary are left out: branches, which begin in the middle.
     """
     if key not in _ADDS_UP:
         return {}
-    from cl_moe.tracking.store import must
-
     curves = {}
     for one in left:
         if one.run.about.get("branch", "None") != "None" or key not in one.run.metrics:
             continue
-        history = must(client.tracking_uri, partial(client.get_metric_history, one.run.run_id, key))
-        costs = [value for _, value in sorted({point.step: point.value for point in history}.items())]
         scores = one.matrix.scores.numpy().mean(axis=1)
-        # Joint training writes nothing more once it has trained: its cost stands still from there.
-        if costs and len(costs) <= len(scores):
-            padded = [*costs, *[costs[-1]] * (len(scores) - len(costs))]
-            curves[one.run.run_id] = (np.array(padded), scores)
+        found = _history(client, one.run, key)
+        # A cost that has no point where it is 0 is held against one that always has.
+        steps = found if len(found) >= len(scores) else _history(client, one.run, _ALWAYS)
+        costs = aligned(found, steps, len(scores))
+        if costs is not None:
+            curves[one.run.run_id] = (costs, scores)
     return curves
+
+
+def aligned(costs: Mapping[int, float], steps: Iterable[int], boundaries: int) -> np.ndarray | None:
+    """What was spent by each of so many boundaries, (boundaries,); None if there are more points than that.
+
+    A point that is missing at the start is 0, since nothing was spent; inside, the one before it. Joint
+    training writes nothing more once it has trained: its cost stands still from there.
+
+    Args:
+        costs: ``{step: cost}``.
+        steps: at which there is a boundary, as far as it is known.
+        boundaries: how many there are.
+
+    >>> aligned({20: 5.0, 30: 7.0}, [0, 10, 20], 5)
+    array([0., 0., 5., 7., 7.])
+    """
+    known = {*costs, *steps}
+    if len(known) < boundaries:
+        known.add(0)
+    if not costs or len(known) > boundaries:
+        return None
+    spent = [0.0]
+    for step in sorted(known):
+        spent.append(costs.get(step, spent[-1]))
+    return np.array([*spent[1:], *[spent[-1]] * (boundaries - len(known))])
+
+
+def without_curve(arms: Sequence[Arm], curves: Curves, key: str) -> str:
+    """A note that names the runs whose score at equal cost is not known; empty if there are none."""
+    runs = [(arm.name, run) for arm in arms for run in arm.runs if key in run.metrics]
+    names = [f"{arm} {'.'.join(run.seeds)}" for arm, run in runs if run.run_id not in curves]
+    if key not in _ADDS_UP or not names:
+        return ""
+    return f"Not at equal cost, without a matrix that can be read, or branched off: {shortened(names)}."
 
 
 def at_budget(cost: np.ndarray, score: np.ndarray, budget: float) -> float:
@@ -150,7 +194,7 @@ def match_table(one: Comparison, match: Match) -> Table:
     """Cost against the baseline's, and the score at that cost; arms within the tolerance are bold."""
     from rich.text import Text
 
-    table = new_table(f"{match.key} held at that of {one.baseline} (bold: within {match.tolerance:.0%})")
+    table = table_of(f"{match.key} held at that of {one.baseline} (bold: within {match.tolerance:.0%})")
     average = LOSS if LOSS in one.rows[0].metrics else ACCURACY
     adds_up = any(row.matched is not None and row.matched.pairs for row in one.rows)
     heads = [match.key.removeprefix("cost/"), "ratio", head(average)]
@@ -169,12 +213,8 @@ def match_table(one: Comparison, match: Match) -> Table:
         ]
         if adds_up:
             cells += [short(found.score) + ("" if found.spent_all else "*"), signed(found.difference)]
-            interval = (
-                ""
-                if row.difference is None
-                else interval_text(row.difference._replace(shown=found.interval, pairs=found.pairs))
-            )
-            cells.append(interval)
+            is_base = row.difference is None
+            cells.append("" if is_base else interval_text(found.interval, found.pairs, found.few))
         table.add_row(*(Text(cell, style="bold" if found.within else "") for cell in (row.arm, *cells)))
     return table
 
@@ -201,7 +241,16 @@ def _spent(matched: Matched, arm: Arm, base: Arm, curves: Curves, sign: int, how
         difference=difference.mean,
         interval=difference.shown,
         pairs=difference.pairs,
+        few=difference.few,
     )
+
+
+def _history(client: MlflowClient, run: Run, key: str) -> dict[int, float]:
+    """``{step: value}``."""
+    from cl_moe.tracking.store import must
+
+    points = must(client.tracking_uri, partial(client.get_metric_history, run.run_id, key))
+    return {point.step: point.value for point in points}
 
 
 def _by_pair(arm: Arm, curves: Curves) -> dict[Pair, list[tuple[np.ndarray, np.ndarray]]]:

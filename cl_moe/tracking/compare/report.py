@@ -22,17 +22,27 @@ from cl_moe.tracking.compare.match import Match
 from cl_moe.tracking.compare.report_data import stream_data
 from cl_moe.tracking.compare.runs import lower_is_better
 from cl_moe.tracking.compare.statistics import Inference
-from cl_moe.tracking.compare.table import Comparison, Row, best, head, interval_text, p_text, short, signed
+from cl_moe.tracking.compare.table import (
+    Comparison,
+    Row,
+    best,
+    head,
+    interval_text,
+    interval_words,
+    p_text,
+    short,
+    signed,
+)
 
 if TYPE_CHECKING:
     from cl_moe.tracking.compare.whole import View
 
 _NAN = float("nan")
 _HOW = """Means over the runs of an arm, ± one standard deviation; the best of a column is bold. A
-difference is the mean over pairs of runs with the same seeds and order of experiences, with its
-{confidence:.0%} interval ({interval}; {resamples:,} resamples; ~ marks fewer than five pairs). p: paired
-sign-flip permutation test, two-sided; p Holm: adjusted for the number of arms. Order, seed, rest: standard
-deviations of a two-way random-effects model."""
+difference is the mean over pairs of runs with the same seeds and order of experiences, with its {interval}.
+p: paired sign-flip permutation test, two-sided, of the means of orders and of the means of seeds, the larger
+of the two, since runs that share an order or a seed are not independent; p Holm: adjusted for the number of
+arms. Order, seed, rest: standard deviations of a two-way random-effects model."""
 
 
 class Cell(NamedTuple):
@@ -66,7 +76,7 @@ def write_report(
     policy += "; form-action 'none'"
     data = json.dumps({"streams": [stream_data(view) for view in views]}, allow_nan=False)
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    said = _HOW.format(confidence=how.confidence, interval=how.interval, resamples=how.resamples)
+    said = _HOW.format(interval=interval_words([view.comparison for view in views], how))
     page = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
@@ -157,7 +167,10 @@ def _sure(row: Row) -> list[Cell]:
     one = row.difference
     if one is None:
         return [Cell("")] * 4
-    cells = [Cell(signed(one.mean), one.mean), Cell(interval_text(one), one.shown.low)]
+    cells = [
+        Cell(signed(one.mean), one.mean),
+        Cell(interval_text(one.shown, one.pairs, one.few), one.shown.low),
+    ]
     return [*cells, Cell(p_text(one.p), one.p), Cell(p_text(one.p_holm), one.p_holm)]
 
 
@@ -171,8 +184,8 @@ def _matched(row: Row) -> list[Cell]:
     one = row.matched
     if one is None:
         return [Cell("—")] * 4
-    low, high = one.interval
-    interval = "—" if math.isnan(low) else f"[{signed(low)}, {signed(high)}] ({one.pairs})"
+    low = one.interval.low
+    interval = "—" if math.isnan(low) else interval_text(one.interval, one.pairs, one.few)
     score = Cell(short(one.score) + ("" if one.spent_all or not one.pairs else "*"), one.score)
     ratio = Cell(short(one.ratio), one.ratio, one.within)
     return [ratio, score, Cell(signed(one.difference), one.difference), Cell(interval, low)]

@@ -28,11 +28,12 @@ def stream_data(view: View) -> dict[str, Any]:
     arms = [row.arm for row in view.comparison.rows]
     looks = style.line_styles(arms)
     look = style.scale(kind_of(view.arms))
+    better = "lower" if look.sign < 0 else "higher"
     pareto, parts = tradeoffs(view.arms), forgetting_split(view.arms)
     data: dict[str, Any] = {
         "arms": [{"name": arm, "colour": looks[arm][0], "dash": _DASHES[looks[arm][1]]} for arm in arms],
         "pareto": {
-            "label": f"{look.label.split(' (')[0]} just after learning",
+            "label": f"{look.label.split(' (')[0]} just after learning ({better} is better)",
             "arms": [[_round(point) for point in pareto[arm]] for arm in arms],
         },
         "parts": [_round(parts[arm]) if arm in parts else None for arm in arms] if parts else None,
@@ -108,6 +109,7 @@ def _loads(view: View, arms: Sequence[str]) -> list[dict[str, Any]]:
                 {
                     "name": title,
                     "rows": rows,
+                    "first": 0 if len(rows) == len(load_NT) else 1,  # ids begin at 0, groups at 1
                     "experts": experts,
                     "across": across,
                     "experiences": experiences,

@@ -27,13 +27,14 @@ _NOT_VARIANT = {
     "strategy.gdumb.seed",
 }  # orders and seeds, which pairs are made by
 _FIRST_DEFINITIONS = "1"  # of runs from before the tag
+_REPRODUCTION = "reproduces"  # the tag of a run that repeats another
 _PAGE = 1000
 _LAYER = re.compile(r"experts/layer_\d+/(?P<name>[a-z_]+)")
 _EXPERIENCE = re.compile(r"(?:accuracy|loss)/experience_(\d+)")
 _INFINITE = 1.7e308  # the store's word for infinity is the largest float
 _LOWER_IS_BETTER = re.compile(
-    r"loss|perplexity|forgetting|intransigence|cost/(?!tokens_per_second)|"
-    r"unevenness|gini|max_violation|dead|drop|drift|leak|calibration|dormant"
+    r"loss|perplexity|forgetting|intransigence|cost/(?!tokens_per_second|compression)|"
+    r"unevenness|gini|squared_cv|max_violation|dead|drop|drift|leak|calibration|dormant|latency"
 )
 
 
@@ -113,9 +114,10 @@ class Run:
         return Pair(order, (init, data, *(f"{key}={self.about.get(key, '-')}" for key in context)))
 
     def label(self, keys: Sequence[str]) -> str:
-        """The name of the run's group: the bare value for one key, ``key=value`` for several."""
+        """The name of the run's group: the bare value for one key, ``key=value`` for several; never empty."""
         if len(keys) == 1:
-            return self.about.get(keys[0], "-")
+            name = self.about.get(keys[0], "-")
+            return name if name.strip() else "(no name)"
         return ", ".join(f"{key}={self.about.get(key, '-')}" for key in keys)
 
 
@@ -128,7 +130,9 @@ class Selection:
 
 
 def read_runs(client: MlflowClient, experiment: str, sweep: str | None = None) -> Selection:
-    """The finished runs of an experiment, oldest first.
+    """The finished runs of an experiment, oldest first, without those that reproduce another.
+
+    A reproduction has its original's arm and seeds: as the newest it would take the original's place.
 
     Raises:
         InputError: no such experiment, or no finished run in it (in that sweep).
@@ -147,18 +151,25 @@ def read_runs(client: MlflowClient, experiment: str, sweep: str | None = None) -
         )
     stored = must(uri, lambda: _pages(client, found.experiment_id))
     stored = [run for run in stored if SWEEP_PARENT not in run.data.tags]
+    sweeps = dict.fromkeys(run.data.tags["sweep"] for run in reversed(stored) if "sweep" in run.data.tags)
     if sweep is not None:
         stored = [run for run in stored if run.data.tags.get("sweep") == sweep]
+    again = _arms(run for run in stored if _REPRODUCTION in run.data.tags)
+    stored = [run for run in stored if _REPRODUCTION not in run.data.tags]
     finished = [read_run(run) for run in stored if run.info.status == "FINISHED"]
     left = _left_out(stored)
     if not finished:
         where = f"experiment {experiment!r}" + (f" in sweep {sweep!r}" if sweep is not None else "")
         raise InputError(
             got=f"no finished run among the {len(stored)} of {where}" + (f" ({left})" if left else ""),
-            allowed="at least one finished run",
+            allowed="at least one finished run"
+            if sweep is None
+            else shortened(sweeps, 8) or "no run has one",
             key="--sweep" if sweep is not None else "--experiment",
         )
-    return Selection(finished, [f"Left out, since they are not finished: {left}."] if left else [])
+    notes = [f"Left out, since they are not finished: {left}."] if left else []
+    notes += [f"Left out, since they reproduce another run: {again}."] if again else []
+    return Selection(finished, notes)
 
 
 def lower_is_better(key: str) -> bool:
@@ -219,11 +230,20 @@ def _pages(client: MlflowClient, experiment_id: str) -> list[StoredRun]:
 def _left_out(stored: Iterable[StoredRun]) -> str:
     """How many runs failed, were stopped or still run, and of which arms."""
     words = {"FAILED": "failed", "KILLED": "stopped"}
-    arms: dict[str, Counter[str]] = {}
+    arms: dict[str, list[StoredRun]] = {}
     for run in stored:
         if run.info.status != "FINISHED":
-            arm = run.data.params.get("arm", "-")
-            arms.setdefault(words.get(run.info.status, "running"), Counter())[arm] += 1
+            arms.setdefault(words.get(run.info.status, "running"), []).append(run)
     return ", ".join(
-        f"{sum(count.values())} {status} ({shortened(count)})" for status, count in sorted(arms.items())
+        f"{len(found)} {status} ({shortened(Counter(map(_arm, found)))})"
+        for status, found in sorted(arms.items())
     )
+
+
+def _arms(runs: Iterable[StoredRun]) -> str:
+    """How many runs of which arms: ``naive (2), lwf (1)``."""
+    return shortened(f"{arm} ({count})" for arm, count in Counter(map(_arm, runs)).items())
+
+
+def _arm(run: StoredRun) -> str:
+    return run.data.params.get("arm", "-")

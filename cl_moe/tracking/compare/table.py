@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cl_moe.tracking.compare.arms import Arm
 from cl_moe.tracking.compare.runs import ACCURACY, LOSS, lower_is_better
-from cl_moe.tracking.compare.statistics import FEW_PAIRS, Contrast, Inference, Spread, contrast, holm
+from cl_moe.tracking.compare.statistics import (
+    FEW_PAIRS,
+    Contrast,
+    Inference,
+    Interval,
+    Spread,
+    contrast,
+    holm,
+)
 from cl_moe.tracking.compare.variance import Components, components, worst_order
 
 if TYPE_CHECKING:
@@ -26,7 +34,7 @@ _HEADS = {
     "stream/backward_transfer": "backward",
     "stream/forward_transfer": "forward",
     "stream/forgetting_weights": "by weights",
-    "stream/forgetting_routing": "by routing",
+    "stream/forgetting_routing": "by routing, classes",
     "cost/params_total": "params",
     "cost/params_active": "active",
     "cost/train_flops": "FLOPs",
@@ -124,7 +132,7 @@ def compare_arms(
 def score_table(one: Comparison) -> Table:
     """Scores, forgetting and transfers: mean ± standard deviation; the best mean of a column is bold."""
     keys = [key for key in one.rows[0].metrics if not key.startswith(("cost/", "experts/"))]
-    table = _table(f"{one.stream}: mean ± std over seeds x orders")
+    table = table_of(f"{one.stream}: mean ± std over seeds x orders")
     table.add_column("runs", justify="right")
     return _fill(table, one, keys[:6], lambda row: [f"{row.seeds}x{row.orders}"], _plus_minus)
 
@@ -133,7 +141,7 @@ def difference_table(one: Comparison) -> Table:
     """The difference from the baseline, its interval, and p by itself and among so many arms."""
     better = "lower" if lower_is_better(one.metric) else "higher"
     against = f"minus that of {one.baseline}" if one.baseline else "(the baseline has no run here)"
-    table = _table(f"{head(one.metric)} ({better} is better) {against}")
+    table = table_of(f"{head(one.metric)} ({better} is better) {against}")
     for name in ("difference", "interval (pairs)", "p", "p Holm"):
         table.add_column(name, justify="right")
     return _fill(table, one, [], _difference, _plus_minus)
@@ -141,7 +149,7 @@ def difference_table(one: Comparison) -> Table:
 
 def variance_table(one: Comparison) -> Table:
     """Where the spread of the main metric comes from, as standard deviations, and the worst order."""
-    table = _table(f"{head(one.metric)}: standard deviation between orders, between seeds, and the rest")
+    table = table_of(f"{head(one.metric)}: standard deviation between orders, between seeds, and the rest")
     for name in ("order", "seed", "rest", "worst order: mean"):
         table.add_column(name, justify="right")
     return _fill(table, one, [], _variance, _plus_minus)
@@ -150,7 +158,7 @@ def variance_table(one: Comparison) -> Table:
 def cost_table(one: Comparison) -> Table:
     """Experts' load and cost, means only; what has no room here is in the files."""
     keys = [key for key in one.rows[0].metrics if key in (*_COSTS, *_MORE_COSTS[1:])]
-    return _fill(_table("experts and cost"), one, keys, lambda row: [], lambda spread: short(spread.mean))
+    return _fill(table_of("experts and cost"), one, keys, lambda row: [], lambda spread: short(spread.mean))
 
 
 def head(key: str) -> str:
@@ -167,17 +175,22 @@ def short(value: float) -> str:
 
     >>> short(0.73751), short(-0.0167), short(12.345), short(1234567), short(float("nan"))
     ('0.738', '-0.017', '12.3', '1.23M', '—')
+    >>> short(-0.0001), short(9.9999), short(999.96), short(999_999.0), short(0)  # no "-0.000", no "1e+03k"
+    ('0.000', '10.0', '1000', '1M', '0')
     """
     if math.isnan(value):
         return "—"
+    if abs(value) >= 1e4:
+        value = float(f"{value:.3g}")  # before the unit is chosen: it may round into the next
     if abs(value) >= 1e12:
         return f"{value:.2e}".replace("e+", "e")
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             return f"{value / limit * (10 if letter == 'k' else 1):.3g}{letter}"
-    if float(value).is_integer() and abs(value) >= 10:
-        return f"{value:.0f}"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    if value == 0 or abs(value) >= 999.95 or (float(value).is_integer() and abs(value) >= 10):
+        return f"{abs(value) if value == 0 else value:.0f}"
+    # Rounded first, and a negative zero is none.
+    return f"{round(value, 3) + 0.0:.3f}" if abs(value) < 9.9995 else f"{value:.1f}"
 
 
 def signed(value: float) -> str:
@@ -196,15 +209,36 @@ def p_text(p: float) -> str:
     return "<.001" if p < 0.001 else f"{p:.2g}".removeprefix("0")
 
 
-def interval_text(difference: Contrast) -> str:
-    """The interval and the number of pairs; ``~`` marks one of few pairs."""
-    if difference.pairs == 0:
-        return "no common seeds"
-    if difference.pairs == 1:
+def interval_text(interval: Interval, pairs: int, few: bool) -> str:
+    """The interval and the number of pairs; ``~``: Student's, since there are too few for a bootstrap.
+
+    >>> interval_text(Interval(-0.5, 1.0), 3, True), interval_text(Interval(0.5, 1.0), 9, False)
+    ('~[-0.500, +1.000] (3)', '[+0.500, +1.000] (9)')
+    """
+    if pairs == 0:
+        return "no pairs"
+    if pairs == 1:
         return "(1)"
-    low, high = difference.shown
-    weak = "~" if difference.pairs < FEW_PAIRS else ""
-    return f"{weak}[{signed(low)}, {signed(high)}] ({difference.pairs})"
+    return f"{'~' if few else ''}[{signed(interval.low)}, {signed(interval.high)}] ({pairs})"
+
+
+def interval_words(comparisons: Sequence[Comparison], how: Inference) -> str:
+    """Which intervals tables of these show, at which level; resamples where there is a bootstrap.
+
+    >>> interval_words([], Inference(confidence=0.9))
+    "90% interval (Student's, of the means of orders and seeds)"
+    """
+    rows = [row.difference for one in comparisons for row in one.rows if row.difference is not None]
+    shown = [one for one in rows if one.pairs > 1]
+    words = "Student's, of the means of orders and seeds"
+    few = any(one.few for one in shown)
+    mark = f"~: fewer than {FEW_PAIRS} pairs, orders or seeds"
+    if any(one.resampled for one in shown):
+        resamples = f"bootstrap over orders and seeds, {how.resamples:,} resamples"
+        words = f"{resamples}; {mark}, {words}" if few else resamples
+    elif few:
+        words += f"; {mark}"
+    return f"{100 * how.confidence:g}% interval ({words})"
 
 
 def best(one: Comparison, key: str) -> float | None:
@@ -215,9 +249,17 @@ def best(one: Comparison, key: str) -> float | None:
     return min(means) if lower_is_better(key) else max(means)
 
 
-def new_table(title: str) -> Table:
+def table_of(title: str) -> Table:
     """An empty table with a column for the arm."""
-    return _table(title)
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False
+    )
+    table.add_column("arm", overflow="fold", min_width=10)
+    return table
 
 
 def _plus_minus(spread: Spread) -> str:
@@ -228,24 +270,12 @@ def _difference(row: Row) -> list[str]:
     one = row.difference
     if one is None:
         return [""] * 4
-    return [signed(one.mean), interval_text(one), p_text(one.p), p_text(one.p_holm)]
+    return [signed(one.mean), interval_text(one.shown, one.pairs, one.few), p_text(one.p), p_text(one.p_holm)]
 
 
 def _variance(row: Row) -> list[str]:
     worst = f"{row.worst_order[0]}: {short(row.worst_order[1])}" if row.worst_order else "—"
     return [*(short(part**0.5) for part in row.variance[:3]), worst]
-
-
-def _table(title: str) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False
-    )
-    table.add_column("arm", overflow="fold", min_width=10)
-    return table
 
 
 def _fill(

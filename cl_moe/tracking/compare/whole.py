@@ -92,7 +92,7 @@ def compare(
     views = [_view(client, stream, arms, metric, baseline, match, how) for stream, arms in streams.items()]
     files = [
         write_csv([view.comparison for view in views], folder / "summary.csv"),
-        write_latex([view.comparison for view in views], folder / "summary.tex"),
+        write_latex([view.comparison for view in views], how, folder / "summary.tex"),
     ]
     for view in views:
         place = folder if len(streams) == 1 else _folder(folder / _slug(view.comparison.stream))
@@ -117,7 +117,7 @@ def _view(
     """One stream: its table, its artifacts, and what to know about them."""
     from cl_moe.tracking.compare.arms import choose_baseline, notes_on, without_common_words
     from cl_moe.tracking.compare.left import read_left
-    from cl_moe.tracking.compare.match import match_arms, read_curves
+    from cl_moe.tracking.compare.match import match_arms, read_curves, without_curve
     from cl_moe.tracking.compare.table import compare_arms, is_language
 
     arms, common = without_common_words(arms)
@@ -133,7 +133,18 @@ def _view(
         one = match_arms(one, arms, match, curves, -1 if is_language(arms) else 1, how)
         if not any(row.matched for row in one.rows):
             notes.append(f"No arm can be matched: the baseline, or every run, is without {match.key}.")
+        elif dropped := without_curve(arms, curves, match.key):
+            notes.append(dropped)
+    notes += _not_drawn(left)
     return View(one, arms, left, [*notes, *missing])
+
+
+def _not_drawn(left: Sequence[Left]) -> list[str]:
+    """What has no room in a figure."""
+    from cl_moe.tracking.figures.arms import MOST_PANELS
+
+    num = len({run.arm for run in left})
+    return [f"accuracy_matrix shows {MOST_PANELS} of {num} arms."] if num > MOST_PANELS else []
 
 
 def _weak(one: Comparison) -> list[str]:
@@ -142,9 +153,10 @@ def _weak(one: Comparison) -> list[str]:
     from cl_moe.tracking.compare.statistics import FEW_PAIRS
 
     notes = []
-    if any(row.difference is not None and 1 <= row.difference.pairs < FEW_PAIRS for row in one.rows):
+    if any(row.difference is not None and row.difference.pairs and row.difference.few for row in one.rows):
         notes.append(
-            f"~: an interval of fewer than {FEW_PAIRS} pairs is weak; below 6 pairs p cannot be under .05."
+            f"~: Student's interval, since fewer than {FEW_PAIRS} pairs (or orders, or seeds) are too few "
+            "for a bootstrap; of fewer than 6, p cannot be under .05."
         )
     clipped = [f"{row.arm} ({' '.join(row.variance.clipped)})" for row in one.rows if row.variance.clipped]
     if clipped:

@@ -82,7 +82,7 @@ def compare_curves(
 def compare_matrices(
     arms: Matrices, names: Sequence[str] | None = None, kind: Kind = "classification"
 ) -> Figure:
-    """A heat map of the mean matrix of every arm, on one colour scale.
+    """A heat map of the mean matrix of every arm, on one colour scale; of more than 12, the first 12.
 
     Args:
         arms: ``{arm: [R of each seed]}``, each (T + 1, T).
@@ -92,7 +92,8 @@ def compare_matrices(
     Raises:
         InputError: as for ``compare_curves``.
     """
-    T = _num_experiences(arms)
+    T, num_arms = _num_experiences(arms), len(arms)
+    arms = dict(list(arms.items())[:MOST_PANELS])
     names, look = _names(names, T), style.scale(kind)
     means = {arm: np.mean(np.stack(matrices), axis=0) for arm, matrices in arms.items()}
     shown = look.sign * np.stack(list(means.values()))
@@ -100,7 +101,10 @@ def compare_matrices(
     columns = min(len(arms), 3)
     rows = -(-len(arms) // columns)
     side = min(max(2.8, 0.42 * T), 4.0)
-    figure = style.new_figure(columns * (side + 0.4) + 1.6, rows * (side * 0.85 + 0.5) + 1.0)
+    width = columns * (side + 0.4) + 1.6
+    figure = style.new_figure(width, rows * (side * 0.85 + 0.5) + 1.0)
+    if num_arms > len(arms):
+        style.headline(figure, f"The first {len(arms)} of {num_arms} arms", width)
     grid = figure.subplots(rows, columns, squeeze=False)
     for place, axes in enumerate(grid.flat):
         axes.set_visible(place < len(arms))

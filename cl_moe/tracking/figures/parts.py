@@ -40,7 +40,7 @@ def forgetting_parts(record: Record) -> Figure | None:
     unit = "nats" if record.kind == "language" else "accuracy"
     axes.set_ylabel(f"forgotten since learnt ({unit})", fontsize=9)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    means = f"weights {weights.mean():.3f}, routing {routing.mean():.3f}, both {whole.mean():.3f}"
+    means = f"weights {weights.mean():.3f}, routing and classes {routing.mean():.3f}, both {whole.mean():.3f}"
     style.headline(figure, f"Forgetting after {i} experiences, mean: {means}", width)
     return figure
 

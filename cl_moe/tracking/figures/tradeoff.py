@@ -43,7 +43,9 @@ def pareto(arms: Points, kind: Kind = "classification") -> Figure:
     axes.plot(*front.T, color=style.MUTED, lw=1, ls="--", zorder=0)
     style.plain(axes, "Learning against forgetting (the front, dashed, is not beaten in both)")
     better = "lower" if kind == "language" else "higher"
-    axes.set_xlabel(f"{style.scale(kind).label.split(' (')[0]} just after learning ({better} is better)")
+    axes.set_xlabel(
+        f"{style.scale(kind).label.split(' (')[0]} just after learning ({better} is better)", fontsize=9
+    )
     axes.set_ylabel("forgetting (lower is better)", fontsize=9)
     axes.grid(color=style.RULE, lw=0.5)
     figure.legend(loc="outside lower left", ncols=2, fontsize=8.5, frameon=False)

@@ -224,7 +224,7 @@ function section(root, stream) {
   });
   if (stream.loads) choose(find("load-arms"), stream.loads.map((one) => one.name), (k) => {
     const one = stream.loads[k];
-    heat(find("loads"), one.rows, { names: one.experts, columns: one.experiences, low: 0, high: Math.max(2, ...one.rows.flat()), colours: CIVIDIS, unit: "times an even share", down: 1, across: one.across });
+    heat(find("loads"), one.rows, { names: one.experts, columns: one.experiences, low: 0, high: Math.max(2, ...one.rows.flat()), colours: CIVIDIS, unit: "times an even share", down: one.first, across: one.across });
   });
   sortable(find("rows"));
   redraw();
