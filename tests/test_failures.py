@@ -21,6 +21,7 @@ from cl_moe.learner import Learner
 from cl_moe.models import MLPClassifier
 from cl_moe.optim import AdamW
 from cl_moe.strategies import Replay, Strategy
+from cl_moe.strategies.memory import Reservoir
 from cl_moe.tracking import figures
 
 SMALL = ("trainer.epochs=1", "stream.tune_on_first=2", "hydra.run.dir=out")
@@ -109,7 +110,8 @@ def test_every_holding_is_counted_and_the_largest_comes_first() -> None:
     model(torch.randn(6, 8))[0].sum().backward()
     optimizer.step()
     replay = Replay(memory_size=5)
-    replay.memory = [torch.zeros(5, 100_000), torch.zeros(5, dtype=torch.int64)]
+    rows = [torch.zeros(5, 100_000), torch.zeros(5, dtype=torch.int64)]
+    replay._kept.offer(rows, torch.Generator())
     found = {h.words.split(" (")[0]: h.size for h in memory.holdings(model, {"replay": replay}, [optimizer])}
     weights = 4 * sum(p.numel() for p in model.parameters())
     learnt = 4 * sum(p.numel() for p in model.parameters() if p.grad is not None)
@@ -155,7 +157,7 @@ MOMENTS: dict[str, tuple[object, str, tuple[str, ...], str, str]] = {
     ),
     "saving": (torch, "save", (), "saving or loading a checkpoint: ", "weights: "),
     "a strategy": (
-        Replay,
+        Reservoir,
         "_slots",
         ("strategy=replay",),
         "strategy replay was at work (end): ",

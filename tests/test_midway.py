@@ -67,6 +67,12 @@ ARMS: dict[str, tuple[str, ...]] = {
     "text with spans hidden": ("model=encoder", *TEXT, "layer=moe", "router=expert_choice"),
 }
 
+QUICKLY = (
+    *("strategies together", "strategy lifelong_moe", "strategy icarl", "layer moe switch", "layer peer"),
+    *("accumulating", "looking inside", "one batch", "text in depth"),
+)
+"""Arms that are not slow: between them they hold every kind of state."""
+
 
 @pytest.fixture(autouse=True)
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +135,9 @@ def chosen(copies: list[Path]) -> list[Path]:
     return [inside[0], inside[len(inside) // 2], inside[-1]]
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize(
+    "arm", [arm if arm in QUICKLY else pytest.param(arm, marks=pytest.mark.slow) for arm in ARMS]
+)
 def test_interrupted_equals_uninterrupted(arm, run_in, undisturbed, tmp_path):
     through, copies = undisturbed(arm)
     for copy in dict.fromkeys(chosen(copies)):

@@ -20,9 +20,10 @@ TAGS = {
 ARTIFACTS = {
     *("config.yaml", "accuracy_matrix.csv", "accuracy_matrix.png", "forgetting_curves.png"),
     *("ledger.json", "environment.txt", "expert_load.parquet", "expert_load.png"),
-    *("command.yaml", "data.json", "leak.csv", "model"),
+    *("command.yaml", "data.json", "leak.csv", "model", "stream.json"),
 }
 WHERE_THERE_IS = {"git.diff", "cohort_load.png", "leak_matrix.png", "forgetting_parts.png", "depth_share.png"}
+WHERE_THERE_IS |= {"samples.png", "samples.txt"}
 STREAM = {"average_accuracy", "forgetting", "backward_transfer", "average_anytime_accuracy"}
 STREAM |= {"learning_accuracy", "forward_transfer"}
 LOADS = {"usage", "unevenness", "entropy", "effective_experts", "gini", "max_violation", "dead_fraction"}

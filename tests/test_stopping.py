@@ -97,7 +97,7 @@ def test_a_clean_up_that_failed_does_not_hide_the_request():
 def test_a_stop_that_was_hidden_ends_with_its_status(
     words: tuple[str, ...], command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def broken(config: object) -> None:
+    def broken(*_: object) -> None:
         raise interrupted(StopRequestedError(), AttributeError("of a half-made object"))
 
     monkeypatch.setattr(launch, "build", broken)

@@ -85,13 +85,19 @@ class StandIn:
         data = SimpleNamespace(tags=dict(self.tags), params=dict(self.params))
         return SimpleNamespace(info=SimpleNamespace(lifecycle_stage="active", run_id=RUN), data=data)
 
-    def create_run(self, *_: object, tags: dict[str, str], **__: object) -> SimpleNamespace:
-        self.tags |= tags
+    def create_run(self, *_: object, tags: dict[str, str] | None = None, **__: object) -> SimpleNamespace:
+        self.tags |= tags or {}
         return self.get_run(RUN)
 
     def search_runs(self, *_: object, **__: object) -> list[SimpleNamespace]:
         self._answer()
         return []
+
+    def get_experiment(self, _: str) -> SimpleNamespace:
+        return SimpleNamespace(tags={})
+
+    def set_experiment_tag(self, *_: str) -> None:
+        self._answer()
 
     def get_experiment_by_name(self, _: str) -> SimpleNamespace:
         return SimpleNamespace(lifecycle_stage="active", experiment_id="1")

@@ -92,7 +92,7 @@ def leak(share_CT: Tensor, births: Sequence[int]) -> Tensor:
             means more than j of them.
 
     >>> leak(torch.tensor([[.75, .5, .1], [.25, .5, .9]]), births=[0, 1]).item()
-    0.25
+    0.125
     """
     T = share_CT.shape[1]
     birth_C = torch.tensor(list(births), dtype=torch.int64, device=share_CT.device)
