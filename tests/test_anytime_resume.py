@@ -27,7 +27,7 @@ def points(folder: Path) -> Counter:
     )
 
 
-@pytest.mark.parametrize("killed_at", [2, 5, 9])
+@pytest.mark.parametrize("killed_at", [2, *(pytest.param(at, marks=pytest.mark.slow) for at in (5, 9))])
 def test_a_run_killed_inside_goes_on(
     killed_at: int,
     command_in: Callable,

@@ -120,7 +120,7 @@ def test_auto_resume_comes_from_the_command_line(command_in: Callable, tmp_path:
     ("begin", "again"),
     [
         ((*SWEEP, "hydra.sweep.dir=sweep"), (*SWEEP, "hydra.sweep.dir=sweep")),
-        ((*SWEEP, "hydra.sweep.dir=sweep"), ("resume=sweep",)),
+        pytest.param((*SWEEP, "hydra.sweep.dir=sweep"), ("resume=sweep",), marks=pytest.mark.slow),
         ((*SWEEP, "auto_resume=true"), (*SWEEP, "auto_resume=true")),
     ],
     ids=["same folder", "resume", "auto_resume"],

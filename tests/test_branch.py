@@ -156,7 +156,12 @@ def test_children_of_a_sweep_and_their_children(here: Path, command_in: Callable
 
 
 @pytest.mark.parametrize(
-    ("place", "count"), [("before saving", 1), ("before training", 2), ("after saving", 2)]
+    ("place", "count"),
+    [
+        pytest.param("before saving", 1, marks=pytest.mark.slow),
+        ("before training", 2),
+        pytest.param("after saving", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_child_goes_on_as_itself(
     place: str, count: int, here: Path, command_in: Callable, tmp_path_factory: pytest.TempPathFactory

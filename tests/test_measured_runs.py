@@ -45,13 +45,18 @@ KINDS = {
     "text with spans hidden": (*TEXT, *MOE, "model=encoder", "router=expert_choice"),
 }
 
+QUICKLY = ("dense", "cut", "one experience", "text with spans hidden")
+"""Kinds that are not slow."""
+
 
 @pytest.fixture(autouse=True)
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICKLY else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_every_kind_of_run_is_measured(kind: str, composed: Callable[..., DictConfig], tmp_path: Path):
     run = launch.build(composed(*DIGITS, *KINDS[kind], f"output_dir={tmp_path}"))
     run_experiment(run)
@@ -109,6 +114,7 @@ def state_of(folder: Path) -> dict[str, Any]:
     return {part: state[part] for part in ("learner", "record", "past")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at", "stop"), [(1, True), (2, False)])
 def test_an_end_in_the_middle_of_it_changes_no_bit(
     at: int, stop: bool, undisturbed: Any, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -152,6 +158,7 @@ def test_a_past_survives_a_checkpoint(undisturbed: Any):
     assert past.num_bytes < sum(value.numel() * value.element_size() for value in tensors)
 
 
+@pytest.mark.slow
 def test_a_branch_goes_on_with_the_past_of_its_parent(undisturbed: Any, command: Callable, tmp_path: Path):
     through, _ = undisturbed
     shutil.copytree(through, tmp_path / "out")

@@ -72,6 +72,7 @@ def test_a_run_made_again_has_the_same_numbers(here: Path, command_in: Callable)
     assert "accuracy matrix of" in again.text
 
 
+@pytest.mark.slow
 def test_by_run_id_from_another_folder(here: Path, tmp_path_factory: pytest.TempPathFactory, command_in):
     uri, other = f"tracking.uri=sqlite:///{here}/mlflow.db", tmp_path_factory.mktemp("other")
     done = command_in(other, f"reproduce={id_of(here / 'one')}", uri, "hydra.run.dir=two")
@@ -134,6 +135,7 @@ def test_a_point_that_is_another_is_found(here: Path, command_in: Callable):
     assert "now not there" in done.text
 
 
+@pytest.mark.slow
 def test_a_reproduction_that_was_cut_off_goes_on(here: Path, command_in: Callable):
     step, calls = Learner.training_step, []
 

@@ -113,7 +113,10 @@ STOPS = [
 ]
 
 
-@pytest.mark.parametrize(("arm", "place", "count", "number", "status", "where"), STOPS)
+@pytest.mark.parametrize(
+    ("arm", "place", "count", "number", "status", "where"),
+    [*STOPS[:3], *(pytest.param(*stop, marks=pytest.mark.slow) for stop in STOPS[3:])],
+)
 def test_stopped_on_request_keeps_the_step_it_was_at(
     arm, place, count, number, status, where, server, ready_store, reference, command_in, tmp_path
 ):

@@ -172,6 +172,7 @@ def test_it_goes_on_as_any_mixture_and_its_curves_are_whole(family: Path):
     assert [step for step, _ in curves["growth/shock"]] == [2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "count"),
     [
@@ -203,6 +204,7 @@ def test_killed_and_resumed_it_ends_the_same(
     assert all([step for step, _ in points[key]] == [step for step, _ in others[key]] for key in points)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("boundary", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_branch_of_the_branch(boundary: int, family: Path, command_in: Callable):
     words = (f"branch=child@{boundary}", f"hydra.run.dir=grandchild{boundary}", "optimizer.lr=0.02")
@@ -216,6 +218,7 @@ def test_a_branch_of_the_branch(boundary: int, family: Path, command_in: Callabl
     assert [step for step, _ in history(grandchild)["growth/shock"]] == [2, 3]
 
 
+@pytest.mark.slow
 def test_a_student_of_the_branch(family: Path, command_in: Callable):
     done = command_in(family, "distill=child", "layer.hidden=8", "hydra.run.dir=dense", "tracking=none")
     assert done.status == 0, done.text
@@ -224,6 +227,7 @@ def test_a_student_of_the_branch(family: Path, command_in: Callable):
     assert "blocks.0.linear_out.weight" in student
 
 
+@pytest.mark.slow
 def test_a_language_model_goes_on_without_a_jump(command: Callable, tmp_path: Path):
     text = (
         *("stream=text_domains", "stream.domains=[novels_en,python_code]", "stream.train_bytes=4000"),

@@ -26,6 +26,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "depth", [(), pytest.param(("model.depth=.5",), marks=pytest.mark.slow)], ids=["everywhere", "at depth"]
 )
@@ -52,6 +53,7 @@ def test_integrated_mode_trains_grows_and_goes_on_to_the_same_bits(
     assert (tmp_path / "out/accuracy_matrix.csv").read_bytes() == matrix
 
 
+@pytest.mark.slow
 def test_an_upcycled_gated_family_goes_on_from_its_layers(command: Callable, tmp_path: Path):
     pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
