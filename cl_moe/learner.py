@@ -25,8 +25,8 @@ from cl_moe.models.rewind import RouterState
 from cl_moe.optim import OptimizerSpec, OptimizerState, load_state_by_name, state_by_name
 from cl_moe.scoring import Scoring
 from cl_moe.seeds import derive_seed, generator, generator_states, set_generator_states
-from cl_moe.strategies.base import Outlook, Setting, Step, Strategy
-from cl_moe.strategies.passes import answering, sole_classifier
+from cl_moe.strategies.base import Outlook, Setting, Step, Strategy, only_one
+from cl_moe.strategies.passes import answering
 from cl_moe.stream import Experience, Stream
 
 _REMEDY = "change: optimizer.lr (smaller), trainer.gradient_clip, or trainer.precision=32-true"
@@ -81,7 +81,7 @@ class Learner(LeanModule):
         self._batch_hooks = [s for s in acting if type(s).batch is not Strategy.batch]
         self._loss_hooks = [s for s in acting if type(s).loss is not Strategy.loss]
         self._gradient_hooks = [s for s in acting if type(s).gradients is not Strategy.gradients]
-        self._classifier = sole_classifier(self.strategies)
+        self._classifier = only_one(self.strategies, "predict", "each classifies in its own way")
         for strategy in acting:
             strategy.check(Setting(model, stream, tuple(self.strategies)))
 

@@ -20,6 +20,7 @@ from cl_moe.metrics.functional import Choices
 from cl_moe.models import ContinualModel
 from cl_moe.plasticity import expected_points
 from cl_moe.strategies import Strategy
+from cl_moe.strategies.base import only_one
 from cl_moe.stream import Stream
 from cl_moe.tracking import diagnostics, inside, names
 from cl_moe.tracking.record import Record
@@ -30,14 +31,8 @@ _LATER = ("cost/tokens_per_second", "cost/inference_flops_per_token")
 
 def training_view(stream: Stream, strategies: Mapping[str, Strategy]) -> Stream:
     """The stream as the strategies let training see it; at most one of them may change it."""
-    changing = [name for name, s in strategies.items() if type(s).view is not Strategy.view]
-    if len(changing) > 1:
-        raise InputError(
-            got=f"strategy=[{','.join(strategies)}]",
-            allowed=f"one of {', '.join(changing)}: each decides which data is trained on",
-            key="strategy",
-        )
-    return strategies[changing[0]].view(stream) if changing else stream
+    changing = only_one(strategies, "view", "each decides which data is trained on")
+    return changing.view(stream) if changing else stream
 
 
 def check_fit(stream: Stream, model: ContinualModel, epochs: int) -> None:

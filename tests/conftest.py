@@ -46,6 +46,14 @@ def ready_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a test draw no figures, which takes longer than they do: ``usefixtures("no_drawing")``."""
+    from cl_moe.tracking import figures
+
+    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+
+
 @pytest.fixture(scope="session")
 def composed() -> Callable[..., DictConfig]:
     """``composed("layer=moe", ...)`` is the configuration that a run with these arguments gets."""

@@ -21,7 +21,6 @@ from cl_moe.experiment import run_experiment
 from cl_moe.learner import Learner
 from cl_moe.measuring import Measuring
 from cl_moe.run import Run
-from cl_moe.tracking import figures
 from cl_moe.tracking.names import all_points
 
 SMALL = (
@@ -49,9 +48,7 @@ differences = runpy.run_path(str(Path(__file__).with_name("chaos.py")))["differe
 Make = Callable[..., Run]
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from cl_moe.learner import Learner
-from cl_moe.tracking import artifacts, figures
+from cl_moe.tracking import artifacts
 from cl_moe.tracking.outbox import SENT
 
 CHAOS = runpy.run_path(str(Path(__file__).with_name("chaos.py")))
@@ -22,9 +22,7 @@ AGAIN = ("auto_resume=true", *SMALL)
 SWEEP = ("-m", *SMALL, "seed.init=0,1,2")
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from cl_moe import checkpoint
-from cl_moe.tracking import artifacts, figures
+from cl_moe.tracking import artifacts
 
 CHAOS = runpy.run_path(str(Path(__file__).with_name("chaos.py")))
 PARENT = (
@@ -27,9 +27,7 @@ GROWN = ("growth=at", "growth.events={2:4}")
 BRANCH = ("branch=out@2", "hydra.run.dir=child")
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture(scope="module")

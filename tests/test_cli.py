@@ -17,16 +17,13 @@ from mlflow import MlflowClient
 from cl_moe import checkpoint
 from cl_moe.errors import InputError
 from cl_moe.learner import Learner
-from cl_moe.tracking import figures
 
 SMALL = ("trainer.epochs=1", "stream.tune_on_first=2", "hydra.run.dir=out")
 TEXT = ("stream=text_domains", "stream.train_bytes=20000", "stream.test_bytes=4000", "stream.context=32")
 PEER = ("layer=peer", "layer.num_experts=64", "layer.k=4")
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 def runs(folder: Path) -> list:

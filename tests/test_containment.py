@@ -14,15 +14,10 @@ import pytest
 import torch
 
 from cl_moe import checkpoint
-from cl_moe.tracking import artifacts, figures
+from cl_moe.tracking import artifacts
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("trainer.epochs=1", "stream.tune_on_first=2", "hydra.run.dir=out")
-
-
-@pytest.fixture
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
 
 
 def plant(folder: Path, content: bytes) -> None:

@@ -20,7 +20,7 @@ from cl_moe.experiment import run_experiment
 from cl_moe.learner import Learner
 from cl_moe.run import Run
 from cl_moe.strategies.naive import Naive
-from cl_moe.tracking import artifacts, figures
+from cl_moe.tracking import artifacts
 
 MIB = 2**20
 BATCH, WIDTH = 64, 16
@@ -33,9 +33,7 @@ GROW = ("growth=every_experience", "growth.num_experts=4", "freeze=past_experts"
 VARYING = (*MOE, *GROW, "router=switch", "strategy=[replay,lwf]", "optimizer=adamw", "trainer.batch_size=16")
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture

@@ -26,9 +26,7 @@ GROWING = (  # each checkpoint is larger than the one before, by more than an ML
 linux = pytest.mark.skipif(sys.platform != "linux", reason="a test of Linux")
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 def run_of(folder: Path) -> object:

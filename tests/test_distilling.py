@@ -14,7 +14,7 @@ from mlflow.entities import Run
 from cl_moe import checkpoint
 from cl_moe.checkpoint import Branch
 from cl_moe.learner import Learner
-from cl_moe.tracking import artifacts, figures
+from cl_moe.tracking import artifacts
 
 TEACHER = (
     *("hydra.run.dir=sparse", "trainer.epochs=1", "stream.tune_on_first=2", "trainer.log_every=4"),
@@ -24,9 +24,7 @@ TEACHER = (
 STUDENT = ("distill=sparse", "hydra.run.dir=dense", "optimizer.momentum=0.9")
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture(scope="module")

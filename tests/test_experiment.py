@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cl_moe import checkpoint
-from cl_moe.tracking import artifacts, figures
+from cl_moe.tracking import artifacts
 
 DIGITS = ("tracking=none", "trainer.epochs=1", "stream.tune_on_first=2", "hydra.run.dir=out")
 TEXT = (
@@ -49,12 +49,6 @@ PATHS: dict[str, tuple[str, ...]] = {
     "text peer": (*TEXT, *PEER, *GROW, "freeze=past_experts", "strategy=lwf"),
     "text at": (*TEXT, *TOP_K, "growth=at", "growth.events={1:2}", "freeze=all_past", "growth.init=fresh"),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures take half of so short a run, and have tests of their own."""
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
 
 
 def state(folder: Path) -> dict[str, Any]:

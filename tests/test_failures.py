@@ -22,15 +22,12 @@ from cl_moe.models import MLPClassifier
 from cl_moe.optim import AdamW
 from cl_moe.strategies import Replay, Strategy
 from cl_moe.strategies.memory import Reservoir
-from cl_moe.tracking import figures
 
 SMALL = ("trainer.epochs=1", "stream.tune_on_first=2", "hydra.run.dir=out")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 def too_much(*_: object, **__: object) -> torch.Tensor:

@@ -24,9 +24,7 @@ SMALL = ("trainer.epochs=1", "stream.tune_on_first=2", "model.width=16")
 PLAIN = (*SMALL, "tracking=none", "hydra.run.dir=out")
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 def runs(folder: Path) -> list[Run]:

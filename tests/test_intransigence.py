@@ -14,9 +14,7 @@ from cl_moe.tracking import artifacts, figures
 SMALL = ("trainer.epochs=1", "stream.tune_on_first=2", "model.width=16", "tracking=none")
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from cl_moe.experiment import run_experiment
 from cl_moe.learner import Learner
 from cl_moe.metrics.functional import calibration_error
 from cl_moe.run import Run
-from cl_moe.tracking import figures
 from cl_moe.tracking.names import all_points
 
 SMALL = (
@@ -30,9 +29,7 @@ SMALL = (
 Make = Callable[..., Run]
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture

@@ -49,9 +49,7 @@ QUICKLY = ("dense", "cut", "one experience", "text with spans hidden")
 """Kinds that are not slow."""
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from cl_moe.layers import router_names
 from cl_moe.measuring import Measuring
 from cl_moe.run import Run
 from cl_moe.stream import Experience
-from cl_moe.tracking import artifacts, figures
+from cl_moe.tracking import artifacts
 
 DIGITS = (
     *("tracking=none", "trainer.epochs=1", "stream.tune_on_first=3", "model.width=16"),
@@ -33,9 +33,7 @@ TEXT = (
 Go = Callable[[Sequence[str]], Run]
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture

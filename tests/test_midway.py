@@ -16,7 +16,7 @@ import conf
 from cl_moe import checkpoint, launch
 from cl_moe.checkpoint import Moment
 from cl_moe.experiment import run_experiment
-from cl_moe.tracking import artifacts, figures
+from cl_moe.tracking import artifacts
 
 SMALL = (
     *("tracking=none", "stream.tune_on_first=2", "trainer.epochs=2", "trainer.batch_size=64"),
@@ -74,9 +74,7 @@ QUICKLY = (
 """Arms that are not slow: between them they hold every kind of state."""
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture(scope="module")

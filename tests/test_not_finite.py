@@ -13,7 +13,7 @@ from torch import Tensor
 from cl_moe.layers import MoE
 from cl_moe.learner import Learner
 from cl_moe.models import DecoderLM, MLPClassifier
-from cl_moe.tracking import artifacts, figures
+from cl_moe.tracking import artifacts
 
 SMALL = ("trainer.epochs=1", "stream.tune_on_first=2", "hydra.run.dir=out")
 TEXT = ("stream=text_domains", "stream.train_bytes=6000", "stream.test_bytes=2000", "stream.context=32")
@@ -26,9 +26,7 @@ MODELS: dict[str, tuple[type, tuple[str, ...]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 def check(done: object, folder: Path, words: str) -> None:

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from cl_moe.learner import Learner
-from cl_moe.tracking import artifacts, figures
+from cl_moe.tracking import artifacts
 from cl_moe.tracking.provenance import DATA, DIFF, ENVIRONMENT
 
 WORDS = (
@@ -26,9 +26,7 @@ WORDS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture(scope="module")

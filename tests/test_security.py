@@ -18,15 +18,9 @@ import conf
 from cl_moe import checkpoint
 from cl_moe.errors import InputError
 from cl_moe.targets import PARTS, check_targets
-from cl_moe.tracking import figures
 
 SMALL = ("trainer.epochs=1", "stream.tune_on_first=2", "hydra.run.dir=out")
 MARK = "executed"
-
-
-@pytest.fixture
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
 
 
 class Bomb:

@@ -12,16 +12,14 @@ import pytest
 from mlflow import MlflowClient
 
 from cl_moe.learner import Learner
-from cl_moe.tracking import figures, provenance, tracker
+from cl_moe.tracking import provenance, tracker
 from cl_moe.tracking.entries import File, Point, from_line
 
 SMALL = ("trainer.epochs=1", "stream.tune_on_first=3", "model.width=16", "hydra.run.dir=out")
 START = {"config.yaml", "command.yaml", "environment.txt", "data.json"}
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 def entries(folder: Path) -> list[Any]:

@@ -20,7 +20,7 @@ from cl_moe import checkpoint, distilling
 from cl_moe.checkpoint import Branch
 from cl_moe.seeds import seeded
 from cl_moe.stream import Stream
-from cl_moe.tracking import artifacts, figures
+from cl_moe.tracking import artifacts
 
 CHAOS = runpy.run_path(str(Path(__file__).with_name("chaos.py")))
 PARENT = (
@@ -33,9 +33,7 @@ GROWN = ("growth=at", "growth.events={3:2}", "freeze=past_experts", "checkpoint.
 CHILD = (*MIXTURE, *GROWN, "hydra.run.dir=child")
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "write_figures", lambda record, folder: [])
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,13 @@ steps change belongs into the state; what ``begin`` makes and steps only read do
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from cl_moe.errors import InputError
 from cl_moe.layers.routing import Routing
 from cl_moe.models.base import ContinualModel
 from cl_moe.stream import Experience, Kind, Stream
@@ -166,6 +168,46 @@ class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothin
     def buffer_bytes(self) -> int:
         """Bytes kept for this strategy beside the model: memory, stored copies."""
         return 0
+
+
+def only_one(strategies: Mapping[str, Strategy], hook: str, why: str) -> Strategy | None:
+    """The strategy that has a hook of which a run may have one, if any has.
+
+    Args:
+        strategies: of the run, by name.
+        hook: its name.
+        why: of two of them, what they cannot both do.
+
+    Raises:
+        InputError: two have it.
+    """
+    having = [name for name, s in strategies.items() if getattr(type(s), hook) is not getattr(Strategy, hook)]
+    if len(having) > 1:
+        raise InputError(
+            got=f"strategy=[{','.join(strategies)}]",
+            allowed=f"one of {', '.join(having)}: {why}",
+            key="strategy",
+        )
+    return strategies[having[0]] if having else None
+
+
+def check_new_classes(name: str, stream: Stream) -> None:
+    """Refuse a strategy on a stream of which new experiences bring no new classes.
+
+    Args:
+        name: of the strategy.
+        stream: as evaluated.
+
+    Raises:
+        InputError: it is of language, or domain-incremental.
+    """
+    if stream.kind == "language" or stream.scenario == "domain":
+        what = "a language stream" if stream.kind == "language" else "stream.scenario=domain"
+        raise InputError(
+            got=f"strategy={name} with {what} ({stream.name})",
+            allowed="a stream of which new experiences bring new classes: scenario class or task",
+            key="strategy (or stream)",
+        )
 
 
 def tensor_bytes(*tensors: Tensor) -> int:

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from cl_moe.errors import InputError
 from cl_moe.models.base import ContinualModel
 from cl_moe.seeds import generator
-from cl_moe.strategies.base import Batch, Outlook, Setting, Strategy, tensor_bytes
+from cl_moe.strategies.base import Batch, Outlook, Setting, Strategy, check_new_classes, tensor_bytes
 from cl_moe.strategies.memory import check_memory_size
 from cl_moe.strategies.teacher import still_names
 from cl_moe.stream import Stream, concatenate, take
@@ -44,13 +44,7 @@ class GDumb(Strategy):
     def check(self, setting: Setting) -> None:
         """Classes are what is balanced; nothing else survives a start from scratch."""
         stream, others = setting.stream, [name for name in setting.names if name not in ("gdumb", "naive")]
-        if stream.kind == "language" or stream.scenario == "domain":
-            what = "a language stream" if stream.kind == "language" else "stream.scenario=domain"
-            raise InputError(
-                got=f"strategy=gdumb with {what} ({stream.name})",
-                allowed="a stream of which new experiences bring new classes: scenario class or task",
-                key="strategy (or stream)",
-            )
+        check_new_classes("gdumb", stream)
         if others:
             raise InputError(
                 got=f"strategy=gdumb beside {', '.join(others)}",

@@ -14,7 +14,7 @@ from torch import Tensor
 from cl_moe.errors import InputError
 from cl_moe.models.base import ContinualModel
 from cl_moe.seeds import derive_seed
-from cl_moe.strategies.base import Batch, Outlook, Setting, Step, Strategy, tensor_bytes
+from cl_moe.strategies.base import Batch, Outlook, Setting, Step, Strategy, check_new_classes, tensor_bytes
 from cl_moe.strategies.memory import check_memory_size
 from cl_moe.strategies.passes import features_of
 from cl_moe.strategies.teacher import Teacher
@@ -55,13 +55,7 @@ class ICaRL(Strategy):
     def check(self, setting: Setting) -> None:
         """Means are of classes, and new ones have to come."""
         stream = setting.stream
-        if stream.kind == "language" or stream.scenario == "domain":
-            what = "a language stream" if stream.kind == "language" else "stream.scenario=domain"
-            raise InputError(
-                got=f"strategy=icarl with {what} ({stream.name})",
-                allowed="a stream of which new experiences bring new classes: scenario class or task",
-                key="strategy (or stream)",
-            )
+        check_new_classes("icarl", stream)
         if self.memory_size < stream.num_classes:
             raise InputError(
                 got=f"strategy=icarl with {self.memory_size} exemplars for {stream.num_classes} classes",

@@ -13,7 +13,34 @@ from torch import Tensor
 
 from cl_moe.errors import InputError
 from cl_moe.seeds import generator
-from cl_moe.strategies.base import tensor_bytes
+from cl_moe.strategies.base import Outlook, Strategy, tensor_bytes
+
+
+class KeepsAll(Strategy):
+    """Trains on data that its view adds to an experience, all of which it keeps."""
+
+    computes = False
+
+    def __init__(self) -> None:
+        self._kept = 0
+
+    def end(self, outlook: Outlook) -> None:
+        """All that was trained on is kept."""
+        if len(outlook.experience.train):
+            self._kept = tensor_bytes(*outlook.experience.train.tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How much that is."""
+        return {"kept": self._kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take that back."""
+        self._kept = state["kept"]
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the data so far."""
+        return self._kept
 
 
 class Reservoir:

@@ -5,7 +5,7 @@ Legend: B batch, S positions, C columns of logits, D width of the features, n ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from cl_moe.batches import padding_mask
-from cl_moe.errors import InputError
 from cl_moe.layers.routing import Routing
 from cl_moe.models.base import ContinualModel
 from cl_moe.strategies.base import Batch, Outlook, Question, Strategy
@@ -156,18 +155,6 @@ def features_of(model: ContinualModel, inputs: Tensor, batch_size: int = 256) ->
             model(to_model(model, part))
             found.append(read.pop().cpu())
     return torch.cat(found)
-
-
-def sole_classifier(strategies: Mapping[str, Strategy]) -> Strategy | None:
-    """The strategy that classifies in its own way, if there is one; two of them are refused."""
-    own = [name for name, s in strategies.items() if type(s).predict is not Strategy.predict]
-    if len(own) > 1:
-        raise InputError(
-            got=f"strategy=[{','.join(strategies)}]",
-            allowed=f"one of {', '.join(own)}: each classifies in its own way",
-            key="strategy",
-        )
-    return strategies[own[0]] if own else None
 
 
 @contextmanager

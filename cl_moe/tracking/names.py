@@ -19,7 +19,6 @@ import cl_moe.metrics.functional as F  # noqa: N812
 from cl_moe.errors import InputError
 from cl_moe.layers.routing import ExpertLoad
 from cl_moe.tracking.diagnostics import load_metrics, numbered
-from cl_moe.tracking.diagnostics import seen_loads as seen_loads
 from cl_moe.tracking.inside import gap_points
 from cl_moe.tracking.record import Record
 
@@ -85,8 +84,7 @@ def _decomposition(record: Record, i: int) -> dict[str, float]:
     """What weights and what routing forgot, in the unit of the scores, where it was measured at point i."""
     if i not in record.rewound:
         return {}
-    seen = F.up_to(record.matrix, i)
-    rewound_T = torch.cat([record.rewound[i], seen[-1, -1:]])  # of the newest nothing is past
+    seen, rewound_T = rewound(record, i)
     points = {
         "stream/forgetting_weights": F.forgetting_weights(seen, rewound_T).item(),
         "stream/forgetting_routing": F.forgetting_routing(seen, rewound_T).item(),
@@ -95,6 +93,12 @@ def _decomposition(record: Record, i: int) -> dict[str, float]:
         for j, value in enumerate(values.tolist()):
             points[f"forgetting_{part}/experience_{numbered(j, len(record.names))}"] = value
     return points
+
+
+def rewound(record: Record, i: int) -> tuple[Tensor, Tensor]:
+    """R up to row i, and (i,) the scores with the router rolled back: for ``F.decomposed_forgetting``."""
+    seen = F.up_to(record.matrix, i)
+    return seen, torch.cat([record.rewound[i], seen[-1, -1:]])  # of the newest nothing is past
 
 
 def expert_points(record: Record, i: int) -> dict[str, float]:

@@ -15,8 +15,8 @@ from matplotlib.ticker import NullFormatter
 
 from cl_moe.layers.routing import ExpertLoad
 from cl_moe.metrics import functional
+from cl_moe.tracking.diagnostics import seen_loads
 from cl_moe.tracking.figures import style
-from cl_moe.tracking.names import seen_loads
 from cl_moe.tracking.record import Record
 
 MOST_EXPERTS = 64

@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
+import cl_moe.metrics.functional as F  # noqa: N812
 from cl_moe.tracking.figures import style
-from cl_moe.tracking.names import depth_points
+from cl_moe.tracking.names import depth_points, rewound
 from cl_moe.tracking.record import Record
 
 
@@ -47,10 +48,8 @@ def forgetting_parts(record: Record) -> Figure | None:
 
 def decomposed(record: Record, i: int) -> tuple[np.ndarray, np.ndarray]:
     """What each of the experiences before the i-th lost by row i: through the weights alone, and in all."""
-    scores, rewound = record.matrix.numpy(), record.rewound[i].double().numpy()
-    old = np.arange(i - 1)
-    learnt = scores[old + 1, old]
-    return learnt - rewound, learnt - scores[i, old]
+    weights, routing = (part.numpy() for part in F.decomposed_forgetting(*rewound(record, i)))
+    return weights, weights + routing
 
 
 def depth_shares(record: Record) -> Figure | None:
