@@ -36,7 +36,7 @@ class Evaluation(NamedTuple):
         calibration: (experiences,) float64 expected calibration error; NaN for language, and where nothing
             was answered.
         rewound: (old experiences,) float64 scores with the router as it was, where that was asked for.
-        plasticity: metrics of the newest experience's probe set, where there is one.
+        beside: metrics of passes of their own: plasticity, and what a language model reads.
     """
 
     row: Tensor
@@ -46,7 +46,7 @@ class Evaluation(NamedTuple):
     choices: list[dict[int, Choices]]
     calibration: Tensor
     rewound: Tensor | None = None
-    plasticity: Mapping[str, float] = {}
+    beside: Mapping[str, float] = {}
 
 
 def evaluate(
@@ -155,7 +155,7 @@ def enter(
     record.shares.append(diagnostics.shares(record, boundary))
     T = len(record.names)
     points = diagnostics.load_metrics(record, boundary) | diagnostics.latencies(found.peaks, boundary)
-    points |= diagnostics.changes(found.choices, past.choices, T) | dict(found.plasticity)
+    points |= diagnostics.changes(found.choices, past.choices, T) | dict(found.beside)
     points |= inside.calibration_points(record, boundary, found.calibration)
     points |= inside.online_points(record, boundary, learner.online.mean)
     learner.online.reset()  # an experience without training data scores nothing

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cl_moe.evaluation import evaluate, rewind
 from cl_moe.growth.adapt import adapt
 from cl_moe.plasticity import observe
+from cl_moe.reading import read
 from cl_moe.run import Run
 from cl_moe.stream import Experience
 
@@ -50,10 +51,9 @@ def fit(run: Run, experience: Experience) -> None:
 
 def measure(run: Run) -> None:
     """Measure a row of the accuracy matrix on every experience's test data, and why old ones fell."""
-    size, samples = run.spec.eval_batch_size, run.measuring.samples
-    found = evaluate(run.trainer, run.learner, run.stream[:], size, samples)
+    both, size, samples = (run.trainer, run.learner), run.spec.eval_batch_size, run.measuring.samples
+    found = evaluate(*both, run.stream[:], size, samples)
     if run.measuring.decomposes(run.boundary + 1, len(run.stream)):
-        old = run.stream[: run.boundary]
-        found = found._replace(rewound=rewind(run.trainer, run.learner, old, size, run.past, found.row))
-    seen = run.stream[: run.boundary + 1]
-    run.close_boundary(found._replace(plasticity=observe(run.trainer, run.learner, seen, samples, size)))
+        found = found._replace(rewound=rewind(*both, run.stream[: run.boundary], size, run.past, found.row))
+    beside = observe(*both, run.stream[: run.boundary + 1], samples, size)
+    run.close_boundary(found._replace(beside=beside | read(*both, run.stream, found.row, size)))

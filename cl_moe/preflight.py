@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_moe import reading
 from cl_moe.cost import CostMeter
 from cl_moe.errors import InputError
 from cl_moe.growth import Census, FreezePolicy, GrowthSchedule
@@ -54,6 +55,12 @@ def check_fit(stream: Stream, model: ContinualModel, epochs: int) -> None:
             allowed=f"model.vocabulary={len(stream.vocabulary)}",
             key="model.vocabulary (or stream.tokenizer)",
         )
+    if stream.held_out and not reading.reads(model, stream):
+        raise InputError(
+            got="held-out texts for a model that does not predict the next token",
+            allowed="model=decoder or model=hugging_face; or no held-out texts",
+            key="stream.held_out (or model)",
+        )
     if stream.online and epochs != 1:
         raise InputError(
             got=f"{epochs} passes over each experience of an online stream",
@@ -86,6 +93,7 @@ def check_objective(objective: str, stream: Stream, learner: Learner, measuring:
     points |= inside.calibration_points(ended, num, torch.zeros(num))
     points |= inside.online_points(ended, num, 0.0)
     points |= expected_points(learner.model) if measuring.samples else {}
+    points |= reading.expected_points(learner.model, stream)
     if measuring.every is not None:
         for experience in range(num):
             inside.open_anytime(ended, experience)

@@ -22,6 +22,8 @@ SCENARIOS: tuple[str, ...] = get_args(Scenario)
 
 IGNORE = -100
 """Target of a padded position: no loss, no routing, no count (torch's own ``ignore_index``)."""
+ASKED = 1 << 32
+"""Added to the targets of a passage's last word: a whole answer is asked for there, not a token."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,22 @@ class Experience:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """A text that no experience trains on, for measuring a language model.
+
+    Args:
+        name: part of its metrics' keys: ``byte_perplexity/NAME``.
+        text: windows of it, as an experience holds them; None for passages alone.
+        passages: (n, S) tokens that end with a word, and (n, S) next tokens, ``IGNORE`` on padding, those of
+            the word ``ASKED`` higher, and the one behind it twice that; None for none.
+    """
+
+    name: str
+    text: TensorDataset | None
+    passages: TensorDataset | None = None
+
+
+@dataclass(frozen=True)
 class Stream(Sequence[Experience]):
     """A sized, seeded sequence of experiences with one scenario.
 
@@ -59,6 +77,7 @@ class Stream(Sequence[Experience]):
         input_shape: shape of one input without the batch; ``(S,)`` for language.
         vocabulary: what each token stands for, by its number; empty where tokens are bytes, or none.
         online: every training example may be seen once only; a run of several epochs is refused.
+        held_out: texts for measuring a language model, all different in name.
     """
 
     name: str
@@ -69,6 +88,7 @@ class Stream(Sequence[Experience]):
     input_shape: tuple[int, ...]
     vocabulary: tuple[bytes, ...] = field(default=(), repr=False)
     online: bool = False
+    held_out: tuple[HeldOut, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.scenario not in SCENARIOS:

@@ -12,10 +12,10 @@ from torch.utils.data import TensorDataset
 from cl_moe.errors import InputError
 from cl_moe.stream import Experience, Scenario, Stream
 from tasks.arrange import arrange, finish, whole
+from tasks.held_out import Options, held_out_texts
 from tasks.labelled import Labelled, by_classes, by_domains, group_size, known_scenario
 from tasks.tables import Columns, Source, Split
-from tasks.text_domains import windows
-from tasks.tokens import BytePairs, Bytes, check_tokenizer, padded, tokenizer_of
+from tasks.tokens import BytePairs, Bytes, check_tokenizer, padded, tokenizer_of, windows
 
 Both = tuple[Split, Split]
 Arrange = Callable[[Sequence[str]], list[str]]
@@ -44,6 +44,7 @@ def hf(
     context: int = 128,
     truncate: bool = False,
     tokenizer: Mapping[str, object] | None = None,
+    held_out: Mapping[str, object] | Sequence[str] | None = None,
     order: Sequence[str] | None = None,
     seed: int | None = None,
     cut: int = 1,
@@ -67,6 +68,7 @@ def hf(
         context: tokens per text or window.
         truncate: whether longer labelled texts are cut; if not, they are refused.
         tokenizer: null: bytes; or as in ``tasks.text_domains``; with labels it takes ``model.vocabulary``.
+        held_out: without labels: further texts to measure on; as in ``tasks.text_domains``.
         order: a permutation of the names of the domains, or of the classes.
         seed: draws that order; null and no ``order``: the alphabet's.
         cut: how many shorter experiences each is cut into.
@@ -84,7 +86,9 @@ def hf(
     arrange_names = partial(arrange, order=order, seed=seed)
     if meaning.label is None:
         _check_language(both[0], setting, classes_per_experience)
-        stream = _language(both, reading, arrange_names)
+        stream = _language(both, reading, arrange_names, held_out)
+    elif held_out is not None:
+        raise InputError(got=f"{held_out!r} beside labels", allowed="null", key="stream.held_out")
     elif classes_per_experience is None:
         stream = _by_domains(both, setting, reading, arrange_names)
     else:
@@ -158,7 +162,7 @@ def _domains(both: Both) -> list[str]:
     return train
 
 
-def _language(both: Both, reading: Reading, arrange_names: Arrange) -> Stream:
+def _language(both: Both, reading: Reading, arrange_names: Arrange, held_out: Options) -> Stream:
     """Texts of a domain one after the other, in windows."""
     named = bool(both[0].domains)
     domains = sorted({*both[0].domains, *both[1].domains}) if named else ["all"]
@@ -182,8 +186,16 @@ def _language(both: Both, reading: Reading, arrange_names: Arrange) -> Stream:
             )
         train, test = (windows(side, reading.context) for side in sides)
         experiences.append(Experience(index, name, train, test))
-    shape, vocabulary = (reading.context,), tokens.vocabulary
-    return Stream("hf", "language", "domain", tuple(experiences), tokens.num_tokens, shape, vocabulary)
+    return Stream(
+        name="hf",
+        kind="language",
+        scenario="domain",
+        experiences=tuple(experiences),
+        num_classes=tokens.num_tokens,
+        input_shape=(reading.context,),
+        vocabulary=tokens.vocabulary,
+        held_out=held_out_texts(held_out, tokens, reading.context),
+    )
 
 
 def _labelled(

@@ -15,8 +15,8 @@ from cl_moe.seeds import generator
 from tasks import hub
 from tasks.sources import folders
 
-T = TypeVar("T", bound="Columns | Source")
-_TESTS = ("test", "validation", "valid", "dev")
+T = TypeVar("T")
+TESTS = ("test", "validation", "valid", "dev")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Columns:
     @classmethod
     def of(cls, options: Mapping[str, object]) -> Columns:
         """From a configuration's mapping."""
-        return _made(cls, options, "stream.columns")
+        return from_options(cls, options, "stream.columns")
 
     def __post_init__(self) -> None:
         for key in ("label", "domain", "split"):
@@ -97,7 +97,7 @@ class Source:
     @classmethod
     def of(cls, options: Mapping[str, object]) -> Source:
         """From a configuration's mapping."""
-        return _made(cls, options, "stream.source")
+        return from_options(cls, options, "stream.source")
 
     def __post_init__(self) -> None:
         listed = [self.path] if isinstance(self.path, str) else list(self.path or ())
@@ -119,18 +119,18 @@ class Source:
         Raises:
             InputError: something cannot be read, or nothing says what the test rows are.
         """
-        local = [found for name in self._paths(self.path) if (found := _local(name)) is not None]
+        local = [found for name in self._paths(self.path) if (found := local_file(name)) is not None]
         if not local:
             return self._of_hub(columns)
         if len(local) != len(self._paths(self.path)):
-            missing = next(name for name in self._paths(self.path) if _local(name) is None)
-            raise _missing(missing, "stream.source.path")
+            missing = next(name for name in self._paths(self.path) if local_file(name) is None)
+            raise no_such_source(missing, "stream.source.path")
         table, what = hub.from_files(local, "stream.source.path"), ", ".join(map(str, local))
         if self.test is not None:
             others = self._paths(self.test)
-            paths = [found for name in others if (found := _local(name)) is not None]
+            paths = [found for name in others if (found := local_file(name)) is not None]
             if len(paths) != len(others):
-                raise _missing(next(n for n in others if _local(n) is None), "stream.source.test")
+                raise no_such_source(next(n for n in others if local_file(n) is None), "stream.source.test")
             other = hub.from_files(paths, "stream.source.test")
             return read(table, columns, what), read(other, columns, ", ".join(map(str, paths)))
         return self._divided(table, columns, what, seed)
@@ -142,10 +142,10 @@ class Source:
     def _of_hub(self, columns: Columns) -> tuple[Split, Split]:
         name, key = self.path, "stream.source.path"
         if not isinstance(name, str) or name.count("/") > 1 or name.startswith((".", "/")) or "." in name:
-            raise _missing(name if isinstance(name, str) else name[0], key)
+            raise no_such_source(name if isinstance(name, str) else name[0], key)
         local = "its files, downloaded: stream.source.path=[file.parquet, ...]"
         found = hub.from_hub(name, self.config, local, key)
-        test = str(self.test or next((split for split in _TESTS if split in found), "test"))
+        test = str(self.test or next((split for split in TESTS if split in found), "test"))
         for split, where in ((self.train, "train"), (test, "test")):
             if split not in found:
                 raise InputError(
@@ -163,7 +163,7 @@ class Source:
             split = "split"
         if split is not None:
             sides = hub.texts_of(table, split, what, key)
-            tests = next((name for name in _TESTS if name in sides), None)
+            tests = next((name for name in TESTS if name in sides), None)
             chosen = [
                 [row for row, side in enumerate(sides) if side == wanted] for wanted in ("train", tests)
             ]
@@ -246,7 +246,7 @@ def _drawn(groups: Sequence[Sequence[int]], share: float, seed: int) -> list[lis
     return [sorted(train), sorted(test)]
 
 
-def _local(name: str) -> Path | None:
+def local_file(name: str) -> Path | None:
     """A file or folder of that name: in the working folder, or in the data folders."""
     if Path(name).exists():
         return Path(name)
@@ -254,7 +254,8 @@ def _local(name: str) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _missing(name: str, key: str) -> InputError:
+def no_such_source(name: str, key: str) -> InputError:
+    """The refusal of a name that is neither here nor on the hub."""
     return InputError(
         got=f"{name!r}, which is no file or folder here or in the data folders, and no name on the hub",
         allowed="owner/name of a data set on the hub, an existing file, or a folder of images",
@@ -267,8 +268,9 @@ def _check_word(value: object, key: str, allowed: str) -> None:
         raise InputError(got=f"{value!r}", allowed=allowed, key=key)
 
 
-def _made(kind: type[T], options: Mapping[str, object], key: str) -> T:
-    known = [entry.name for entry in fields(kind)]
+def from_options(kind: type[T], options: Mapping[str, object], key: str) -> T:
+    """A data class from a configuration's mapping, with its unknown keys refused."""
+    known = [entry.name for entry in fields(kind)]  # type: ignore[arg-type]
     if not isinstance(options, Mapping):
         raise InputError(got=f"{options!r}", allowed="{key: value, ...}", key=key)
     for name in options:
@@ -276,4 +278,4 @@ def _made(kind: type[T], options: Mapping[str, object], key: str) -> T:
             raise InputError(got=f"{key}.{name}", allowed=", ".join(known), key=f"{key}.{name}")
     if "path" in known and options.get("path") is None:
         raise InputError(got="no path", allowed="a data set on the hub, or files", key=f"{key}.path")
-    return kind(**{str(name): value for name, value in options.items()})  # type: ignore[arg-type]
+    return kind(**{str(name): value for name, value in options.items()})

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor
-from torch.utils.data import TensorDataset
-
 from cl_moe.errors import InputError
-from cl_moe.stream import IGNORE, Experience, Stream
+from cl_moe.stream import Experience, Stream
 from tasks.arrange import arrange, finish, whole
+from tasks.held_out import held_out_texts
 from tasks.sources import available, find, read_parquet
-from tasks.tokens import Bytes, check_tokenizer, tokenizer_of
+from tasks.tokens import check_tokenizer, tokenizer_of, windows
 
 
 def text_domains(
@@ -28,6 +25,7 @@ def text_domains(
     data_seed: int = 0,
     column: str = "text",
     tokenizer: Mapping[str, object] | None = None,
+    held_out: Mapping[str, object] | Sequence[str] | None = None,
 ) -> Stream:
     """One experience per domain: inputs and targets (n, context) int64, target = the next token (byte).
 
@@ -51,8 +49,10 @@ def text_domains(
         column: the column that holds the text.
         tokenizer: null: bytes. ``{kind: bpe, vocab_size: 1024}``: byte-pair encoding, trained on the training
             text of the experience that arrives first and on nothing else, so it depends on the order. Losses
-            are nats per token, so those of two tokenizers do not compare. A character that ``train_bytes``
-            cuts off is left out.
+            are nats per token, so those of two tokenizers do not compare; ``byte_perplexity`` and
+            ``word_perplexity`` do. A character that ``train_bytes`` cuts off is left out.
+        held_out: further texts to measure on, never trained on: names of text files (their validation text),
+            or ``{name: {path: ...}}``; see ``tasks.held_out.Text``.
 
     Raises:
         InputError: a value that is not allowed, a domain without a file, a file without the column.
@@ -78,28 +78,9 @@ def text_domains(
         num_classes=tokens.num_tokens,
         input_shape=(size,),
         vocabulary=tokens.vocabulary,
+        held_out=held_out_texts(held_out, tokens, size),
     )
     return finish(whole_stream, tune_on_first, cut, data_seed, shape)
-
-
-def windows(text: bytes | Tensor, context: int) -> TensorDataset:
-    """Non-overlapping windows of a text of at least 2 tokens: inputs and targets (n, context) int64.
-
-    Args:
-        text: bytes, or (N,) int64 tokens.
-        context: tokens per window.
-
-    >>> inputs, targets = windows(b"abcd", 2).tensors
-    >>> inputs.tolist(), targets.tolist()
-    ([[97, 98], [99, 0]], [[98, 99], [100, -100]])
-    """
-    stream = text if isinstance(text, Tensor) else Bytes().encode(text)
-    count = -(-(len(stream) - 1) // context)
-    inputs = torch.zeros(count * context, dtype=torch.int64)
-    targets = torch.full((count * context,), IGNORE, dtype=torch.int64)
-    inputs[: len(stream) - 1] = stream[:-1]
-    targets[: len(stream) - 1] = stream[1:]
-    return TensorDataset(inputs.view(count, context), targets.view(count, context))
 
 
 def known_domains(domains: Sequence[str]) -> list[str]:

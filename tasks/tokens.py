@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from cl_moe.errors import InputError
+from cl_moe.stream import IGNORE
 from tasks.arrange import whole
 
 KEY = "stream.tokenizer"
@@ -130,6 +132,26 @@ def padded(
             )
         tokens_nS[row, : len(tokens)] = tokens[:context]
     return tokens_nS
+
+
+def windows(text: bytes | Tensor, context: int) -> TensorDataset:
+    """Non-overlapping windows of a text of at least 2 tokens: inputs and targets (n, context) int64.
+
+    Args:
+        text: bytes, or (N,) int64 tokens.
+        context: tokens per window.
+
+    >>> inputs, targets = windows(b"abcd", 2).tensors
+    >>> inputs.tolist(), targets.tolist()
+    ([[97, 98], [99, 0]], [[98, 99], [100, -100]])
+    """
+    stream = text if isinstance(text, Tensor) else Bytes().encode(text)
+    count = -(-(len(stream) - 1) // context)
+    inputs = torch.zeros(count * context, dtype=torch.int64)
+    targets = torch.full((count * context,), IGNORE, dtype=torch.int64)
+    inputs[: len(stream) - 1] = stream[:-1]
+    targets[: len(stream) - 1] = stream[1:]
+    return TensorDataset(inputs.view(count, context), targets.view(count, context))
 
 
 def _signs_of_bytes() -> list[str]:

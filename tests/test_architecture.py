@@ -25,7 +25,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("learner", "lean", "tracking", "checkpoint", "progress", "trainer", "measuring"), 3),
     **dict.fromkeys(("failures", "memory", "watchdog", "upcycling"), 3),
     **dict.fromkeys(("experiment", "run", "preflight", "ending", "leaving", "evaluation", "cost"), 4),
-    **dict.fromkeys(("anytime", "plasticity"), 4),
+    **dict.fromkeys(("anytime", "plasticity", "reading"), 4),
     **dict.fromkeys(("cli", "__main__", "arguments", "words", "folder", "schema", "targets"), 5),
     **dict.fromkeys(("launch", "branching", "distilling", "stored", "worker"), 5),
     **dict.fromkeys(("reproducing", "repeating", "loading", "describing"), 5),
@@ -88,7 +88,9 @@ SIBLINGS: dict[tuple[str, str], str] = {
         (("reproducing", n) for n in ("folder", "schema", "words")), "it compares what was stored"
     ),
     ("run", "anytime"): "a run looks at its past between two steps",
-    **dict.fromkeys((("experiment", "plasticity"), ("preflight", "plasticity")), "a row measures it"),
+    **dict.fromkeys(
+        ((a, b) for a in ("experiment", "preflight") for b in ("plasticity", "reading")), "a row"
+    ),
     ("run", "leaving"): "a run writes what it leaves behind",
     ("distilling", "targets"): "a teacher's folder may come from somebody else",
 }

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from cl_moe.stream import IGNORE
+from cl_moe.stream import ASKED, IGNORE
 
 
 def token_score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,6 +25,27 @@ def token_score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     flat = targets.flatten()
     loss = F.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=IGNORE, reduction="none")
     return -loss.double().sum(), (flat != IGNORE).sum()
+
+
+def last_words_right(logits: Tensor, targets: Tensor, ends_V: Tensor) -> tuple[Tensor, Tensor]:
+    """How many passages' last words the model would write, and of how many (Paperno et al. 2016).
+
+    Under the right beginning the most probable token is, at each place of the word, the word's: that is what
+    greedy completion writes. Behind it the most probable token must end the word, so that ``cat`` is not
+    found in ``catalogue``; the evaluation harness of Gao et al. leaves that out.
+
+    Args:
+        logits: (B, S, V).
+        targets: (B, S) int64, ``IGNORE`` on padding, those of the word ``ASKED`` higher, the one behind it
+            twice that (see ``HeldOut``).
+        ends_V: (V,) bool, whether a token ends a word.
+    """
+    written_BS = logits.argmax(dim=2)
+    part_BS = targets.div(ASKED, rounding_mode="floor")
+    same_BS = written_BS == targets - ASKED
+    ends_BS = ends_V.to(logits.device)[written_BS]
+    right_BS = torch.where(part_BS == 1, same_BS, ends_BS) | (part_BS < 1)
+    return right_BS.all(dim=1).double().sum(), torch.tensor(len(targets))
 
 
 def right_answers(logits_BC: Tensor, column_B: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class HuggingFaceLM(ContinualModel):
     """
 
     kind = "language"
+    causal = True
 
     def __init__(
         self,

@@ -14,7 +14,8 @@ from torch.utils.data import TensorDataset
 from cl_moe.errors import InputError
 from cl_moe.stream import IGNORE
 from tasks import sources
-from tasks.text_domains import text_domains, windows
+from tasks.text_domains import text_domains
+from tasks.tokens import windows
 
 BROWN = ["brown_press", "brown_fiction", "brown_learned", "brown_general"]
 BUNDLED = ["novels_en", "bible_en", "bible_es", "python_code", *BROWN]

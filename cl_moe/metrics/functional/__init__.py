@@ -11,6 +11,7 @@ from cl_moe.metrics.functional.decomposition import (
     forgetting_routing,
     forgetting_weights,
 )
+from cl_moe.metrics.functional.language import unit_perplexity
 from cl_moe.metrics.functional.load import (
     dead_fraction,
     drop_rate,
@@ -80,6 +81,7 @@ __all__ = [
     "squared_cv",
     "task_information",
     "unevenness",
+    "unit_perplexity",
     "up_to",
     "usage",
     "worst_case_accuracy",
