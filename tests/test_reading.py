@@ -108,3 +108,19 @@ def test_units_are_counted_over_windows(composed: Callable[..., DictConfig], tmp
     assert units.tokens < units.num_bytes < text
     assert text - units.num_bytes == len(stream.vocabulary[stream[1].test.tensors[0][0, 0]])
     assert units_of(stream[1].test, ()) is units, "counted once"
+
+
+def test_a_model_that_has_learnt_a_sentence_writes_its_last_word(command: Callable[..., Any]) -> None:
+    Path("say.txt").write_text("the cat sat on the mat. " * 400)
+    words = ("stream=hf", "stream.source.path=say.txt", "stream.source.test=say.txt", "stream.context=25")
+    held = "stream.held_out={say:{path:say.txt,bytes:400,last_words:10}}"
+    done = command(
+        *words, held, "model.width=32", "model.num_blocks=1", "trainer.epochs=3", "optimizer.lr=1e-2"
+    )
+    assert done.status == 0, done.text
+    client = mlflow.MlflowClient("sqlite:///mlflow.db")
+    (run,) = client.search_runs(["1"])
+    found = [m.value for m in client.get_metric_history(run.info.run_id, "last_word_accuracy/say")]
+    assert found[0] == 0
+    assert found[-1] >= 0.9, done.text
+    assert run.data.metrics["byte_perplexity/say"] < 1.5
