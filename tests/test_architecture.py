@@ -88,9 +88,7 @@ SIBLINGS: dict[tuple[str, str], str] = {
         (("reproducing", n) for n in ("folder", "schema", "words")), "it compares what was stored"
     ),
     ("run", "anytime"): "a run looks at its past between two steps",
-    **dict.fromkeys(
-        ((a, b) for a in ("experiment", "preflight") for b in ("plasticity", "reading")), "a row"
-    ),
+    **{(a, b): "a row" for a in ("experiment", "preflight") for b in ("plasticity", "reading")},
     ("run", "leaving"): "a run writes what it leaves behind",
     ("distilling", "targets"): "a teacher's folder may come from somebody else",
 }
