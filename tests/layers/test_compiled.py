@@ -73,6 +73,22 @@ def test_another_mask_compiles_nothing_and_other_cohorts_something(name: str):
         assert count.frame_count == frames
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["moe", "peer", "pkm"])
+def test_a_growth_compiles_once_for_all_cohorts_and_once_for_the_older_ones(name: str):
+    layer, count = QUICK[name](), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=count, fullgraph=True)
+    x, mask = torch.randn(2, 5, D), torch.arange(5) < torch.tensor([[5], [3]])
+    held_against_eager(layer, compiled, x, mask, None)
+    for growth in range(1, 4):
+        layer.freeze()
+        layer.grow(9)
+        for _ in range(2):
+            held_against_eager(layer, compiled, x, mask, None)
+            held_against_eager(layer, compiled, x, mask, list(range(growth)))
+        assert count.frame_count == 1 + 2 * growth
+
+
 def test_a_compiled_dense_layer_may_be_exported():
     layer, x = DenseFFN(D, 4), torch.randn(3, D)
     exported = torch.export.export(layer, (x,)).module()
