@@ -50,7 +50,8 @@ pictures: $(STAMP) ## the README's pictures, of the runs that make demo left; ne
 	$(VENV)/bin/cl-moe-compare --experiment demo --baseline naive
 	$(PY) tests/pictures.py demo
 
-bench: $(STAMP) ## speed and memory, as ratios
+bench: $(VENV)/.bench ## speed and memory, as ratios
+	$(PY) benchmarks/moe_step.py
 	$(PY) benchmarks/train_step.py
 	$(PY) benchmarks/overhead.py
 
@@ -60,7 +61,7 @@ clean: ## remove .venv, builds and caches; runs and their results stay
 
 # The stamp goes first and comes last, so that an interrupted installation is begun anew.
 $(STAMP): pyproject.toml constraints.txt $(FRESH)
-	@rm -f $(STAMP) $(VENV)/.extras
+	@rm -f $(STAMP) $(VENV)/.extras $(VENV)/.bench
 	@if [ -n "$(FRESH)" ]; then $(find_python); "$$python" -m venv --clear $(VENV) || { $(no_venv); exit 1; }; fi
 	@echo "installing into $(VENV): a few minutes, about 2 GB (more with CUDA)"
 	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -68,6 +69,10 @@ $(STAMP): pyproject.toml constraints.txt $(FRESH)
 
 $(VENV)/.extras: $(STAMP)
 	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/.bench: $(STAMP)
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	@touch $@
 
 # Candidates are run, not looked up: a launcher may exist without the Python that it launches.

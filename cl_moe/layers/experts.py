@@ -7,14 +7,15 @@ M pairs that are kept and computed (M <= P), n1 = n + 1; z no-op experts of one 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from cl_moe.layers.activity import Activity, joined, of_experts, of_units
-from cl_moe.layers.grouped import grouped_mm
+from cl_moe.layers.grouped import grouped_linear
 from cl_moe.layers.pairs import Pairs, pair_gather, pair_sum
-from cl_moe.layers.precision import activation_by_name, matmul_dtype, no_autocast, wide
+from cl_moe.layers.precision import activation_by_name, in_place, matmul_dtype, no_autocast, wide
 from cl_moe.layers.routing import Routing
 from cl_moe.layers.static_pool import static_pool
 
@@ -87,14 +88,14 @@ class Cohort(nn.Module):
         hidden_MH = self.hidden_units(x_MD, start_n1)
         if self.dropout > 0:
             hidden_MH = nn.functional.dropout(hidden_MH, self.dropout, self.training)
-        return _grouped_linear(hidden_MH, self.w_out, self.b_out, start_n1)
+        return _linear(hidden_MH, self.w_out, self.b_out, start_n1)
 
     def hidden_units(self, x_MD: Tensor, start_n1: Tensor) -> Tensor:
         """(M, H): what the outer map reads, before dropout."""
-        hidden_MH: Tensor = self.activation(_grouped_linear(x_MD, self.w_in, self.b_in, start_n1))
+        hidden_MH: Tensor = in_place(self.activation)(_linear(x_MD, self.w_in, self.b_in, start_n1))
         if self.w_up is None:
             return hidden_MH
-        return hidden_MH * _grouped_linear(x_MD, self.w_up, self.b_up, start_n1)
+        return hidden_MH * _linear(x_MD, self.w_up, self.b_up, start_n1)
 
 
 class SharedExperts(nn.Module):
@@ -189,15 +190,21 @@ class ExpertPool(nn.ModuleList):
             first_id = [sum(sizes[:index]) for index in chosen]
             return static_pool(x_TD, routing, [every[index] for index in chosen], first_id)
         weight_M, slots, start_N1 = _places_by_expert(routing, sum(sizes))
-        rows_MD = pair_gather(x_TD, slots)
-        bounds, outs = start_N1.tolist(), []
-        for index in range(len(self)) if cohorts is None else cohorts:
-            first = sum(sizes[:index])
-            last = first + every[index].num_computing
-            start_n1 = start_N1[first : last + 1] - bounds[first]
-            outs.append(self[index](rows_MD[bounds[first] : bounds[last]], start_n1))
+        chosen = range(len(self)) if cohorts is None else cohorts
+        firsts = [sum(sizes[:index]) for index in chosen]
+        starts = [
+            start_N1[first : first + every[index].num_computing + 1]
+            for index, first in zip(chosen, firsts, strict=True)
+        ]
+        # one split, not a slice each: the gradient is put together once
+        ends = torch.stack([start_n1[-1] for start_n1 in starts]).tolist()
+        rows = pair_gather(x_TD, slots).split([end - begin for begin, end in pairwise([0, *ends])])
+        outs = [
+            self[index](rows_mD, start_n1 - begin)
+            for index, rows_mD, start_n1, begin in zip(chosen, rows, starts, [0, *ends[:-1]], strict=True)
+        ]
         with no_autocast(x_TD):
-            out_MD = wide(torch.cat(outs))
+            out_MD = wide(outs[0] if len(outs) == 1 else torch.cat(outs))
             out_TD = pair_sum(weight_M.to(out_MD.dtype), out_MD, slots)
         return out_TD.to(x_TD.dtype)
 
@@ -247,19 +254,10 @@ def _places_by_expert(routing: Routing, num_experts: int) -> tuple[Tensor, Pairs
     return weight_P[kept_M], slots, start_N1
 
 
-def _grouped_linear(x_MI: Tensor, w_nIO: Tensor, b_nO: Tensor | None, start_n1: Tensor) -> Tensor:
-    """(M, O): every row times its expert's matrix, plus its bias."""
+def _linear(x_MI: Tensor, w_nIO: Tensor, b_nO: Tensor | None, start_n1: Tensor) -> Tensor:
+    """(M, O): every row times its expert's matrix, plus its bias, in the dtype of matrix products."""
     dtype = matmul_dtype(w_nIO)
-    x_MI, w_nIO = x_MI.to(dtype), w_nIO.to(dtype)
-    if x_MI.shape[0] == 0:
-        num_experts = w_nIO.shape[0]  # a product of empty rows: it costs nothing and keeps the graph whole
-        out_MO = torch.bmm(x_MI.expand(num_experts, 0, -1), w_nIO).reshape(0, w_nIO.shape[2])
-    else:
-        out_MO = grouped_mm(x_MI, w_nIO, start_n1)
-    if b_nO is None:
-        return out_MO
-    places = Pairs(start_n1, torch.arange(x_MI.shape[0], device=x_MI.device), x_MI.shape[0])
-    return out_MO + pair_gather(b_nO.to(dtype), places)
+    return grouped_linear(x_MI.to(dtype), w_nIO.to(dtype), None if b_nO is None else b_nO.to(dtype), start_n1)
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:

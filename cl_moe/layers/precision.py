@@ -32,6 +32,11 @@ def activation_by_name(name: str) -> Activation:
     return ACTIVATIONS[name]
 
 
+def in_place(activation: Activation) -> Activation:
+    """The same, put where its input stands, if its gradient does not need that; for fresh tensors only."""
+    return torch.relu_ if activation is nn.functional.relu else activation
+
+
 def wide(x: Tensor) -> Tensor:
     """At least float32: what routers compute in, whatever the experts do (2101.03961, section 2.4)."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -2,7 +2,8 @@
 
 The eager computation gathers only pairs that were kept and cuts the rows where cohorts meet, so its shapes
 are known when it runs; compiled code would break off there. Here every pair is computed, a dropped one with
-weight 0, and cohorts are stacked, narrower ones padded with neurons of weight 0, which give act(0) x 0 = 0.
+weight 0, and rows are as wide as the widest cohort: hidden units that a narrower one lacks are 0, and so is
+what its products make of them (``opaque_grouped_mm``).
 Pairs of no-op experts are sorted behind all others, where nothing is multiplied. It is compiled anew for each
 growth and each new size of input: torch gives up after ``torch._dynamo.config.recompile_limit`` (8) of them.
 
@@ -54,13 +55,12 @@ def static_pool(x_TD: Tensor, routing: Routing, cohorts: Sequence[Cohort], first
 def _experts(x_PD: Tensor, cohorts: Sequence[Cohort], row_P: Tensor, start_n1: Tensor) -> Tensor:
     """(P, D) outputs for rows sorted by expert."""
     widest, dtype, one = max(c.hidden for c in cohorts), x_PD.dtype, cohorts[0]
-    w_out = [nn.functional.pad(c.w_out, (0, 0, 0, widest - c.hidden)).to(dtype) for c in cohorts]
     whole = not any(c.num_noops for c in cohorts)
     bias_row_P = row_P if whole else row_P.clamp_max(start_n1.shape[0] - 2)
 
     def first_map(name: str) -> Tensor:
-        maps = [nn.functional.pad(getattr(c, f"w_{name}"), (0, widest - c.hidden)) for c in cohorts]
-        out_PH = opaque_grouped_mm(x_PD, [w.to(dtype) for w in maps], start_n1, whole)
+        maps = [getattr(c, f"w_{name}").to(dtype) for c in cohorts]
+        out_PH = opaque_grouped_mm(x_PD, maps, start_n1, whole)
         if one.b_in is None:
             return out_PH
         biases = [nn.functional.pad(getattr(c, f"b_{name}"), (0, widest - c.hidden)) for c in cohorts]
@@ -71,7 +71,7 @@ def _experts(x_PD: Tensor, cohorts: Sequence[Cohort], row_P: Tensor, start_n1: T
         hidden_PH = hidden_PH * first_map("up")
     if one.dropout > 0:
         hidden_PH = nn.functional.dropout(hidden_PH, one.dropout, one.training)
-    out_PD = opaque_grouped_mm(hidden_PH, w_out, start_n1, whole)
+    out_PD = opaque_grouped_mm(hidden_PH, [c.w_out.to(dtype) for c in cohorts], start_n1, whole)
     if one.b_out is not None:
         biases: list[Tensor] = [c.b_out for c in cohorts if c.b_out is not None]
         out_PD = out_PD + _rows_of(biases, bias_row_P).to(dtype)
