@@ -7,7 +7,6 @@ M pairs that are kept and computed (M <= P), n1 = n + 1; z no-op experts of one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -185,23 +184,21 @@ class ExpertPool(nn.ModuleList):
         every: list[Cohort] = list(self)  # type: ignore[arg-type]
         sizes = [cohort.num_experts for cohort in every]
         routing = _without_noops(routing, every)
-        if torch.compiler.is_compiling():
-            chosen = list(range(len(self)) if cohorts is None else cohorts)
-            first_id = [sum(sizes[:index]) for index in chosen]
-            return static_pool(x_TD, routing, [every[index] for index in chosen], first_id)
-        weight_M, slots, start_N1 = _places_by_expert(routing, sum(sizes))
-        chosen = range(len(self)) if cohorts is None else cohorts
+        chosen = list(range(len(self)) if cohorts is None else cohorts)
         firsts = [sum(sizes[:index]) for index in chosen]
+        if torch.compiler.is_compiling():
+            return static_pool(x_TD, routing, [every[index] for index in chosen], firsts)
+        weight_M, slots, start_N1 = _places_by_expert(routing, sum(sizes))
         starts = [
             start_N1[first : first + every[index].num_computing + 1]
             for index, first in zip(chosen, firsts, strict=True)
         ]
         # one split, not a slice each: the gradient is put together once
-        ends = torch.stack([start_n1[-1] for start_n1 in starts]).tolist()
-        rows = pair_gather(x_TD, slots).split([end - begin for begin, end in pairwise([0, *ends])])
+        counts = torch.stack([start_n1[-1] - start_n1[0] for start_n1 in starts]).tolist()
+        rows = pair_gather(x_TD, slots).split(counts)
         outs = [
-            self[index](rows_mD, start_n1 - begin)
-            for index, rows_mD, start_n1, begin in zip(chosen, rows, starts, [0, *ends[:-1]], strict=True)
+            self[index](rows_mD, start_n1 - start_n1[0])
+            for index, rows_mD, start_n1 in zip(chosen, rows, starts, strict=True)
         ]
         with no_autocast(x_TD):
             out_MD = wide(outs[0] if len(outs) == 1 else torch.cat(outs))
