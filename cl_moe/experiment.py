@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cl_moe.evaluation import evaluate, rewind
+from cl_moe.foresight import census_of
 from cl_moe.growth.adapt import adapt
 from cl_moe.plasticity import observe
 from cl_moe.reading import read
@@ -33,10 +34,11 @@ def run_experiment(run: Run) -> float:
 
 def grow_and_freeze(run: Run, experience: Experience) -> None:
     """Adapt the model to what comes, as schedule and policy decide; measure the shock (of upcycling, too)."""
-    census, classes = run.census(experience), experience.classes
-    learner, seen = run.learner, run.stream[: experience.index]
-    with learner.charges.counting():
+    learner, seen, classes = run.learner, run.stream[: experience.index], experience.classes
+    with learner.charges.account("train"), learner.charges.counting():
+        census = census_of(run, experience)
         learner.ledger += adapt(learner.model, census, run.growth, run.freeze, classes, run.seed_init)
+    run.note_decision(experience)
     now = [event["act"] for event in learner.ledger if event["experience"] == experience.index]
     if seen and {"grow", "upcycle"}.intersection(now):
         with learner.charges.account("diagnostics"):

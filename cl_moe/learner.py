@@ -15,6 +15,7 @@ from torch import Tensor
 from cl_moe.batches import padding_mask
 from cl_moe.counting import Charges
 from cl_moe.errors import InputError, RunFailedError
+from cl_moe.growth import Trace
 from cl_moe.growth.adapt import Event, replay
 from cl_moe.layers import ExpertLayer, Routing, StepLoads
 from cl_moe.lean import LeanModule
@@ -23,7 +24,7 @@ from cl_moe.metrics.answers import OnlineScore
 from cl_moe.models.base import ContinualModel
 from cl_moe.models.rewind import RouterState
 from cl_moe.optim import OptimizerSpec, OptimizerState, load_state_by_name, state_by_name
-from cl_moe.scoring import Scoring
+from cl_moe.scoring import Scoring, add_terms
 from cl_moe.seeds import derive_seed, generator, generator_states, set_generator_states
 from cl_moe.strategies.base import Outlook, Setting, Step, Strategy, only_one
 from cl_moe.strategies.passes import answering
@@ -71,6 +72,7 @@ class Learner(LeanModule):
         self.scoring = scoring = Scoring(stream)
         self.task_loss, self.own_task, self.score = scoring.task_loss, scoring.own_task, scoring.score
         self.online = OnlineScore()  # of this experience's first pass
+        self.trace = Trace()  # what schedule and policy want to see of training
         self.tally: Tally | None = None  # of the evaluation that is under way
         self.then: list[RouterState] = []  # of each of its test sets, if it is to be met as it was
         self._step_loads, self._balancing = StepLoads(), dict[int, ExpertLayer]()
@@ -113,6 +115,7 @@ class Learner(LeanModule):
         if self._restart is None:
             self.charges.forget(self.cost_varies())
             self.online.reset()
+            self.trace.open(self._first_pass)
         for strategy in self.strategies.values():
             with self.charges.counting(strategy.computes and self._restart is None):
                 strategy.begin(self.outlook())
@@ -146,13 +149,15 @@ class Learner(LeanModule):
         if self.batches < self._first_pass:
             with torch.no_grad():
                 self.online.add(*self.scoring.of_new(logits, targets, num_new, terms["task_loss"]))
+        if self.trace.follows:
+            self.trace.add(self.scoring.losses(logits[:num_new], targets[:num_new]), routings)
         for routing in routings.values():
-            _add_terms(terms, routing.losses)
+            add_terms(terms, routing.losses)
         self._step_loads.add(self._balancing, routings)
         if self._loss_hooks:
             step = Step(self.model, inputs, targets, mask, logits, routings, terms["task_loss"], num_new)
             for strategy in self._loss_hooks:
-                _add_terms(terms, strategy.loss(step))
+                add_terms(terms, strategy.loss(step))
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else terms["task_loss"]
         self._watch(loss, terms)
         return loss
@@ -178,6 +183,7 @@ class Learner(LeanModule):
         for strategy in self.strategies.values():
             with self.charges.counting(strategy.computes):
                 strategy.end(self.outlook())
+        self.trace.close({i: layer.cohort_sizes for i, layer in self.model.expert_layers.items()})
         self.optimizer_state = self._live_optimizer_state() if self.optimizer_spec.state == "carry" else {}
 
     def place_classes(self) -> None:
@@ -261,6 +267,7 @@ class Learner(LeanModule):
             "optimizer_class": type(self.optimizer_spec).__name__,
             "strategies": {name: strategy.state_dict() for name, strategy in self.strategies.items()},
             "online": self.online.state_dict(),
+            "trace": self.trace.state_dict(),
             "restart": restart,
         }
 
@@ -273,6 +280,7 @@ class Learner(LeanModule):
         self.optimizer_state = dict(state["optimizer"]) if same else {}
         self._load_strategies(state["strategies"])
         self.online.load_state_dict(state["online"])
+        self.trace.load_state_dict(state.get("trace"))
         self._restart = state["restart"] and {**state["restart"], "strategies": state["strategies"]}
 
     def _load_strategies(self, states: Mapping[str, Any]) -> None:
@@ -286,9 +294,3 @@ class Learner(LeanModule):
 
     def _live_optimizer_state(self) -> OptimizerState:
         return state_by_name(self.trainer.optimizers[0], self.named_parameters())
-
-
-def _add_terms(terms: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
-    """Terms of one name add up: several layers balance their load, a strategy may stand twice."""
-    for name, value in more.items():
-        terms[name] = terms[name] + value if name in terms else value

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L  # noqa: N812
-import torch
 from torch.utils.data import DataLoader
 
 from cl_moe import checkpoint, ending, leaving, preflight, stopping
@@ -20,8 +19,9 @@ from cl_moe.batches import training_loader
 from cl_moe.checkpoint import Branch, Checkpoints, Moment
 from cl_moe.cost import CostMeter
 from cl_moe.evaluation import Evaluation, enter
-from cl_moe.growth import Census, FreezePolicy, GrowthSchedule
-from cl_moe.growth.adapt import add_classes, check_growth, take_census
+from cl_moe.growth import FreezePolicy, GrowthSchedule, Trace
+from cl_moe.growth.adapt import add_classes
+from cl_moe.growth.checks import check_growth
 from cl_moe.learner import Learner
 from cl_moe.measuring import Measuring, Past
 from cl_moe.progress import StreamProgress
@@ -101,6 +101,7 @@ class Run:
         self.watchdog = Watchdog(self.spec.stall_minutes)
         size = self.spec.eval_batch_size
         self.anytime = Anytime(self.learner, self.stream, self.measuring, size, self.watchdog.alive)
+        self.learner.trace = Trace(self.growth.looks | self.freeze.looks)
         self.learner.note, self.learner.tick = self.tracker.add, self._tick
         self.learner.between_steps, self.learner.between_tests = self._between_steps, self._between_tests
 
@@ -148,15 +149,10 @@ class Run:
             learner = self.learner
             learner.ledger += add_classes(learner.model, self.stream.classes_at_start, self.seed_init)
 
-    def census(self, experience: Experience) -> Census:
-        """What schedule and policy may see: shapes, ages, loads and scores of the past."""
-        index = experience.index
-        loads = {}
-        if index > 0:
-            for block, per_experience in self.measured.loads[-1].items():
-                loads[block] = torch.stack([load.score for load in per_experience[:index]]).sum(0)
-        scores = [self.measured.rows[i][:i].mean().item() for i in range(1, index + 1)]
-        return take_census(self.learner.model, index, self.learner.ledger, loads, scores)
+    def note_decision(self, experience: Experience) -> None:
+        """Tell the tracker what the schedule looked at before an experience."""
+        self.measured.ledger = self.learner.ledger
+        self.tracker.add(names.decision_points(self.measured, experience.index), experience.index)
 
     @contextmanager
     def fitting(self, experience: Experience) -> Iterator[DataLoader]:

@@ -6,7 +6,7 @@ Legend: B batch, S positions, C columns of logits (classes known so far), V voca
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -56,6 +56,22 @@ class Scoring:
         columns = targets if self._in_order else self.column_of_class[targets]
         return F.cross_entropy(self.own_task(logits, targets).float(), columns)
 
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """(B,) float64 nats of each example (language: on average over its real tokens; NaN without any).
+
+        Infinite for a class that has no column yet: the model gives it no probability.
+        """
+        logits = logits.detach()
+        if self.kind == "language":
+            return _window_losses(logits, targets)
+        column_B = self.column_of_class[targets]
+        loss_B = torch.full(targets.shape, math.inf, dtype=torch.float64, device=logits.device)
+        known_B = column_B >= 0
+        if bool(known_B.any()):
+            own_BC = self.own_task(logits, targets)[known_B].double()
+            loss_B[known_B] = F.cross_entropy(own_BC, column_B[known_B], reduction="none")
+        return loss_B
+
     def own_task(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits with other tasks' columns at -inf where the scenario gives the task away; else unchanged."""
         if self.group_of_class is None:
@@ -100,3 +116,17 @@ class Scoring:
             return None
         own_BC = self.own_task(logits_BC, targets_B)
         return confidences(own_BC), right_answers(own_BC, self.column_of_class[targets_B])
+
+
+def add_terms(terms: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """Terms of one name add up: several layers balance their load, a strategy may stand twice."""
+    for name, value in more.items():
+        terms[name] = terms[name] + value if name in terms else value
+
+
+def _window_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    flat = F.cross_entropy(
+        logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    asked_BS = targets_BS != IGNORE
+    return flat.double().view_as(targets_BS).sum(dim=1) / asked_BS.sum(dim=1)

@@ -12,9 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from cl_moe.errors import InputError
+from cl_moe.growth.budget import sizes_after
 from cl_moe.growth.census import Census, LayerCensus
-from cl_moe.growth.freezing import FreezePolicy
+from cl_moe.growth.freezing import FreezePolicy, Stop
 from cl_moe.growth.schedules import GrowthSchedule
+from cl_moe.growth.trace import Trace
 from cl_moe.layers.moe import MoE
 from cl_moe.layers.upcycle import computes_the_same
 from cl_moe.layers.upcycle import upcycle as upcycle_layer
@@ -23,6 +25,8 @@ from cl_moe.models.inherit import inherit
 from cl_moe.seeds import seeded
 
 Event = dict[str, Any]
+NOTES = ("decide", "upcycle")
+"""Acts that change no shape: what a schedule decided, and weights that were filled."""
 
 
 def adapt(
@@ -46,30 +50,24 @@ def adapt(
     Raises:
         InputError: growth is asked of a model without expert layers, or nothing is left to learn.
     """
-    newborns = schedule.newborns(census)
-    stop = policy.decide(census, newborns)
     at = census.experience
-    events: list[Event] = []
-    if stop.everything:
-        events.append({"experience": at, "act": "freeze_all"})
-    elif stop.cohorts or stop.shared_router:
-        for layer, body in model.expert_layers.items():
-            alive = [index for index, frozen in enumerate(body.frozen_cohorts) if not frozen]
-            cohorts = alive if stop.cohorts else []
-            events.append(_event(at, "freeze", layer, cohorts=cohorts, shared=stop.shared_router))
+    newborns, events = _decided(model, census, schedule)
+    events += _stopped(model, at, policy.decide(census, newborns), newborns)
     new_classes = [label for label in classes if label not in model.head.classes]
     if new_classes:
         events.append({"experience": at, "act": "head", "classes": new_classes})
     if newborns:
-        details = {"num_experts": newborns, "init": schedule.init, "noise": schedule.noise}
-        if schedule.hidden is not None:
-            details["hidden"] = schedule.hidden
+        birth = schedule.birth
+        details = {"num_experts": newborns, "init": birth.init, "noise": birth.noise}
+        if birth.hidden is not None:
+            details["hidden"] = birth.hidden
         events += [_event(at, "grow", layer, **details) for layer in model.expert_layers]
     loads = {layer: body.load for layer, body in census.layers.items()}
     for event in events:
         with seeded(seed, at, event["act"], event.get("layer", -1)):
             apply(model, event, loads)
-    if events and not any(parameter.requires_grad for parameter in model.parameters()):
+    changed = any(event["act"] != "decide" for event in events)
+    if changed and not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(
             got=f"nothing left to learn from experience {at} on",
             allowed="growth or new classes beside freeze=all_past",
@@ -78,29 +76,46 @@ def adapt(
     return events
 
 
-def check_growth(model: ContinualModel, schedule: GrowthSchedule, num_experiences: int) -> None:
-    """Refuse, before any training, a growth that the model's layers could not carry out.
+def _decided(model: ContinualModel, census: Census, schedule: GrowthSchedule) -> tuple[int, list[Event]]:
+    """How many are born, and what is noted of the decision: nothing if the calendar alone decided."""
+    decision, budget = schedule.decide(census), schedule.birth.budget
+    newborns, numbers = decision.num_experts, dict[str, object]()
+    if newborns and budget.bounded:
+        size = sizes_after(model, [newborns], schedule.birth.hidden)[-1]
+        if (over := budget.exceeded(size)) is not None:
+            if budget.on_exceed == "refuse":
+                raise budget.refusal(size, census.experience)
+            newborns, numbers["over_budget"] = 0, over
+    if decision.measure:
+        numbers |= {"measure": decision.measure, "statistic": decision.statistic}
+        numbers |= {"threshold": decision.threshold, **decision.more}
+    if not numbers:
+        return newborns, []
+    wanted = {"wanted": decision.num_experts, "born": newborns}
+    return newborns, [{"experience": census.experience, "act": "decide", **wanted, **numbers}]
 
-    Args:
-        model: as it starts.
-        schedule: asked what it would do before each experience.
-        num_experiences: of the stream.
+
+def _stopped(model: ContinualModel, at: int, stop: Stop, newborns: int) -> list[Event]:
+    """What a policy's decision means for each layer.
 
     Raises:
-        InputError: there are no expert layers, or one of them cannot take a cohort of such a size.
+        InputError: no expert of a layer would be left to learn, and none is born.
     """
-    if schedule.sizes and not model.expert_layers:
-        raise InputError(
-            got="growth of a model without experts",
-            allowed="layer=moe, peer or pkm, or growth=never",
-            key="layer",
-        )
-    plan = [schedule.newborns(Census(index, {})) for index in range(num_experiences)]
-    plan = [size for size in plan if size]
-    for layer in model.expert_layers.values():
-        layer.check_growths(plan, schedule.init)
-        if schedule.sizes and schedule.hidden is not None:
-            layer.check_hidden(schedule.hidden, schedule.init)
+    if stop.everything:
+        return [{"experience": at, "act": "freeze_all"}]
+    events = []
+    for layer, body in model.expert_layers.items():
+        alive = [index for index, frozen in enumerate(body.frozen_cohorts) if not frozen]
+        cohorts = alive if stop.cohorts else [index for index in stop.only.get(layer, ()) if index in alive]
+        if alive and cohorts == alive and not newborns:
+            raise InputError(
+                got=f"no expert of layer {layer} left to learn from experience {at} on",
+                allowed="growth beside a policy that stops every cohort",
+                key="freeze (or growth)",
+            )
+        if stop.cohorts or cohorts or stop.shared_router:
+            events.append(_event(at, "freeze", layer, cohorts=cohorts, shared=stop.shared_router))
+    return events
 
 
 def add_classes(model: ContinualModel, groups: Iterable[Sequence[int]], seed: int) -> list[Event]:
@@ -190,7 +205,7 @@ def apply(model: ContinualModel, event: Event, loads: Mapping[int, Tensor | None
         # only layers whose experts have a hidden width take one; the ledger names it only where it differs
         options = {name: event[name] for name in ("init", "noise", "hidden") if name in event}
         layer.grow(event["num_experts"], load=loads.get(event["layer"]), **options)
-    elif event["act"] != "upcycle":  # of which only weights are left: the configuration has the shape
+    elif event["act"] not in NOTES:
         raise ValueError(f"unknown act {event['act']!r} in the ledger")
 
 
@@ -216,18 +231,35 @@ def take_census(
     ledger: Sequence[Event],
     loads: Mapping[int, Tensor],
     scores: Sequence[float] = (),
+    trace: Trace | None = None,
+    coming: Tensor | None = None,
 ) -> Census:
-    """The census before an experience, from the model, its ledger and the loads measured last."""
-    layers = {
-        index: LayerCensus(
-            sizes=layer.cohort_sizes,
-            births=tuple(births(ledger, index)),
+    """The census before an experience.
+
+    Args:
+        model: as it is.
+        experience: index of the next one.
+        ledger: of the model.
+        loads: measured last, by layer.
+        scores: mean score over the experiences seen, after each.
+        trace: of the training so far; None: none was kept.
+        coming: losses of the next experience's first training examples.
+    """
+    trace = Trace() if trace is None else trace
+    layers = {}
+    for index, layer in model.expert_layers.items():
+        born, sizes = births(ledger, index), layer.cohort_sizes
+        layers[index] = LayerCensus(
+            sizes=sizes,
+            births=tuple(born),
             frozen=layer.frozen_cohorts,
             load=loads.get(index),
+            trained=trace.mean_load(index, sizes, born),
+            peak=trace.peak_load(index, sizes),
+            shares=tuple(tuple(row) for row in trace.shares.get(index, ())),
         )
-        for index, layer in model.expert_layers.items()
-    }
-    return Census(experience, layers, tuple(scores))
+    losses, reference = tuple(trace.means), trace.newest if len(trace.newest) else None
+    return Census(experience, layers, tuple(scores), losses, reference, coming)
 
 
 def _event(experience: int, act: str, layer: int, **details: object) -> Event:

@@ -168,6 +168,16 @@ class ExpertLayer(nn.Module, ABC):
         if load is not None and not (load >= 0).all():
             raise InputError(got="a load with NaN or below 0", allowed="sums of weights, >= 0", key="load")
 
+    def birth_parameters(self, num_experts: int, total: int, hidden: int | None = None) -> int:
+        """Parameters of a cohort of newborns, nothing being born: what a budget is held against.
+
+        Args:
+            num_experts: how many.
+            total: experts of the layer before their birth.
+            hidden: their hidden width, where they have one; None: as at the start.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how large its newborns are")
+
     def check_hidden(self, hidden: int, init: str) -> None:
         """Refuse newborns of a hidden width of their own; overridden where experts have one.
 

@@ -167,6 +167,12 @@ class MoE(ExpertLayer):
                 newborn.b_out.zero_()
         self.cohorts.append(newborn)
 
+    def birth_parameters(self, num_experts: int, total: int, hidden: int | None = None) -> int:
+        """Of experts and keys."""
+        with torch.device("meta"):
+            newborn = self._newborn(num_experts, self.hidden if hidden is None else hidden)
+        return sum(parameter.numel() for parameter in newborn.parameters())
+
     def check_hidden(self, hidden: int, init: str) -> None:
         """Any width will do, but a copy needs experts of its own."""
         whole("hidden", hidden, least=1, key="growth.hidden")

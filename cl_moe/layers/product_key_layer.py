@@ -158,6 +158,12 @@ class ProductKeyLayer(ExpertLayer):
             largest = max(largest, self._check_birth(size, init, total, largest))
             total += size
 
+    def birth_parameters(self, num_experts: int, total: int, hidden: int | None = None) -> int:
+        """Of experts and keys, and of a query net of their own."""
+        with torch.device("meta"):
+            newborn = self._newborn(self._rows_born(num_experts, total))
+        return sum(parameter.numel() for parameter in newborn.parameters())
+
     @property
     def _largest(self) -> int:
         """Rows of the cohort that has the most."""

@@ -131,6 +131,20 @@ def expert_points(record: Record, i: int) -> dict[str, float]:
     return _defined(points)
 
 
+def decision_points(record: Record, i: int) -> dict[str, float]:
+    """What the schedule looked at before the experience that followed point i, if it looked at data.
+
+    ``growth/<measure>_statistic`` and ``_threshold``; for drift also ``_effect``, for a plateau ``_loss``.
+    """
+    return {
+        f"growth/{event['measure']}_{name}": float(event[name])
+        for event in record.ledger
+        if event["act"] == "decide" and event["experience"] == i and "measure" in event
+        for name in ("statistic", "threshold", "effect", "loss")
+        if name in event
+    }
+
+
 def depth_points(record: Record, i: int) -> dict[str, float]:
     """Share of real tokens that went through each block at depth, over the experiences trained by point i.
 
@@ -148,8 +162,9 @@ def depth_points(record: Record, i: int) -> dict[str, float]:
 
 
 def all_points(record: Record, i: int) -> dict[str, float]:
-    """Everything of point i: scores, experts, depth."""
-    return stream_points(record, i) | expert_points(record, i) | depth_points(record, i)
+    """Everything of point i: scores, experts, depth, and what was decided there."""
+    known = stream_points(record, i) | expert_points(record, i) | depth_points(record, i)
+    return known | decision_points(record, i)
 
 
 def objective(

@@ -16,7 +16,8 @@ from cl_moe.growth import (
     PastExperts,
     PastExpertsAndRouter,
 )
-from cl_moe.growth.adapt import adapt, add_classes, births, check_growth, replay, take_census
+from cl_moe.growth.adapt import adapt, add_classes, births, replay, take_census
+from cl_moe.growth.checks import check_growth
 
 POLICIES = [NeverFreeze, PastExperts, PastExpertsAndRouter, AllPast]
 NEWBORNS = {"moe": 2, "switch": 3, "peer": 4}

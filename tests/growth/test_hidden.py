@@ -6,7 +6,8 @@ import pytest
 
 from cl_moe.errors import InputError
 from cl_moe.growth import At, EveryExperience, PastExperts
-from cl_moe.growth.adapt import check_growth, replay
+from cl_moe.growth.adapt import replay
+from cl_moe.growth.checks import check_growth
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_moe.errors import InputError
-from cl_moe.growth.adapt import check_growth
+from cl_moe.growth.checks import check_growth
 from cl_moe.growth.schedules import At
 from cl_moe.layers import PEER, Retrieval
 from cl_moe.models import MLPClassifier

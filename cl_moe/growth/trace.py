@@ -1,0 +1,162 @@
+"""What training itself shows of the past: losses before the step on them, and who worked (no test data).
+
+Legend: B new examples of a batch, N experts of a layer, C cohorts of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cl_moe.layers.routing import Routing, fold_load
+
+
+class Looks(NamedTuple):
+    """What a schedule or a policy wants to see; what nobody wants is not kept.
+
+    Args:
+        samples: losses of so many of the newest examples, and of the first of the next experience.
+        losses: the mean loss of every experience.
+        loads: loads in training.
+    """
+
+    samples: int = 0
+    losses: bool = False
+    loads: bool = False
+
+    def __or__(self, other: Looks) -> Looks:
+        """What either of two wants."""
+        return Looks(max(self.samples, other.samples), self.losses or other.losses, self.loads or other.loads)
+
+
+class Trace:
+    """Follows the training of each experience; its state is part of every checkpoint.
+
+    Losses are the stream's new examples' alone, replayed ones left out. Loads are in units of the fair share,
+    1/N of an experience's routed weight: 1 is what an expert takes where all take the same.
+
+    Args:
+        looks: what is kept.
+
+    Attributes:
+        newest: (n,) float64, losses of the last ``samples`` examples of the first pass through the newest
+            experience, each before the step on it (prequential: Dawid 1984).
+        means: of each experience that was trained, the mean loss in its last pass.
+        totals: by layer (N,) float64, the loads in the last pass through each experience, added up.
+        peaks: by layer (N,) float64, the largest of them.
+        shares: by layer, for each experience the share of routed weight of every cohort of then.
+    """
+
+    def __init__(self, looks: Looks = Looks()) -> None:  # noqa: B008 - a NamedTuple does not change
+        self.looks = looks
+        self.newest = torch.zeros(0, dtype=torch.float64)
+        self.means: list[float] = []
+        self.totals: dict[int, Tensor] = {}
+        self.peaks: dict[int, Tensor] = {}
+        self.shares: dict[int, list[list[float]]] = {}
+        self._batches, self._per_pass = 0, 1
+        self._sum: Tensor | float = 0.0
+        self._count = 0
+        self._loads: dict[int, Tensor] = {}
+
+    @property
+    def follows(self) -> bool:
+        """Whether ``add`` has anything to do."""
+        return any(self.looks)
+
+    def open(self, per_pass: int) -> None:
+        """An experience begins, of so many batches in a pass."""
+        self.newest, self._batches, self._per_pass = self.newest[:0], 0, per_pass
+        self._begin_pass()
+
+    def _begin_pass(self) -> None:
+        self._sum, self._count, self._loads = 0.0, 0, {}
+
+    @torch.no_grad()
+    def add(self, losses_B: Tensor, routings: Mapping[int, Routing]) -> None:
+        """Take up a batch: losses of its new examples, nats, and what the layers routed."""
+        if self._batches % self._per_pass == 0:
+            self._begin_pass()
+        asked_B = losses_B[~losses_B.isnan()]
+        first_pass, self._batches = self._batches < self._per_pass, self._batches + 1
+        if first_pass and self.looks.samples:
+            self.newest = torch.cat([self.newest.to(asked_B), asked_B])[-self.looks.samples :]
+        if self.looks.losses:
+            self._sum, self._count = self._sum + asked_B.sum(), self._count + len(asked_B)
+        if self.looks.loads:
+            for layer, routing in routings.items():
+                score_N = fold_load(routing).score
+                self._loads[layer] = score_N + self._loads[layer] if layer in self._loads else score_N
+
+    def close(self, sizes: Mapping[int, Sequence[int]]) -> None:
+        """The experience was trained, by layers with cohorts of these sizes."""
+        if self.looks.losses:
+            self.means.append(float(self._sum) / self._count if self._count else float("nan"))
+        for layer, score_N in self._loads.items():
+            if layer not in sizes:
+                continue  # a block that tokens pass by chooses among no experts
+            share_N = (score_N / score_N.sum().clamp_min(torch.finfo(torch.float64).tiny)).cpu()
+            load_N = share_N * len(share_N)
+            self.totals[layer] = _padded(self.totals.get(layer), load_N) + load_N
+            self.peaks[layer] = torch.maximum(_padded(self.peaks.get(layer), load_N), load_N)
+            shares = [part.sum().item() for part in share_N.split(list(sizes[layer]))]
+            self.shares.setdefault(layer, []).append(shares)
+        self._begin_pass()
+
+    def mean_load(self, layer: int, sizes: Sequence[int], births: Sequence[int]) -> Tensor | None:
+        """(N,) load of each expert on average over the experiences since its birth; 0 for newborns.
+
+        Args:
+            layer: its index.
+            sizes: of its cohorts.
+            births: for each cohort, the number of experiences trained before it.
+        """
+        if layer not in self.totals:
+            return None
+        trained = len(self.shares[layer])
+        lives = torch.tensor([max(trained - birth, 1) for birth in births], dtype=torch.float64)
+        life_N = lives.repeat_interleave(torch.tensor(sizes))
+        return _padded(self.totals[layer], life_N) / life_N
+
+    def peak_load(self, layer: int, sizes: Sequence[int]) -> Tensor | None:
+        """(N,) the largest load that each expert had in any experience; None before the first."""
+        return _padded(self.peaks[layer], torch.zeros(sum(sizes))) if layer in self.peaks else None
+
+    def forget(self, layer: int, experts: Sequence[int]) -> None:
+        """Experts of a layer are others now."""
+        for kept in (self.totals, self.peaks):
+            if layer in kept:
+                kept[layer][list(experts)] = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain Python only."""
+        return {
+            "newest": self.newest.cpu(),
+            "means": list(self.means),
+            "totals": {layer: total.clone() for layer, total in self.totals.items()},
+            "peaks": {layer: peak.clone() for layer, peak in self.peaks.items()},
+            "shares": {layer: [list(row) for row in rows] for layer, rows in self.shares.items()},
+            "batches": (self._batches, self._per_pass),
+            "pass": (float(self._sum), self._count, {i: load.cpu() for i, load in self._loads.items()}),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from what ``state_dict`` gave; None, of a run that kept none: from nothing."""
+        if state is None:
+            return
+        self.newest, self.means = state["newest"], list(state["means"])
+        self.totals = {layer: total.clone() for layer, total in state["totals"].items()}
+        self.peaks = {layer: peak.clone() for layer, peak in state["peaks"].items()}
+        self.shares = {layer: [list(row) for row in rows] for layer, rows in state["shares"].items()}
+        self._batches, self._per_pass = state["batches"]
+        self._sum, self._count, loads = state["pass"]
+        self._loads = dict(loads)
+
+
+def _padded(known: Tensor | None, like_N: Tensor) -> Tensor:
+    """With zeros for experts born since."""
+    old = torch.zeros(0, dtype=torch.float64) if known is None else known
+    return torch.cat([old, old.new_zeros(len(like_N) - len(old))])
