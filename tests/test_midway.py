@@ -62,6 +62,18 @@ ARMS: dict[str, tuple[str, ...]] = {
     "router gshard": (*MOE, "router=gshard", "router.scores.function=sigmoid", "layer.num_shared=1"),
     "router expert_choice": (*MOE, "router=expert_choice", "model=patch_transformer", "layer.dropout=0.1"),
     "balanced without a loss": (*MOE, "router.scores.bias_rate=1e-3", "trainer.accumulate=2"),
+    "growth on drift": (
+        *(*MOE, "stream.cut=2", "growth=on_drift", "growth.samples=32", "growth.effect=0.5"),
+        *(
+            "growth.level=0.2",
+            "growth.budget.experts=10",
+            "freeze=idle",
+            "freeze.threshold=2",
+            "strategy=replay",
+        ),
+    ),
+    "growth on plateau": (*MOE, "stream.cut=2", "growth=on_plateau", "growth.patience=1", "freeze=aged"),
+    "growth on saturation": (*GROW, *PEER, "growth=on_saturation", "growth.threshold=0.3"),
     "text": ("model=decoder", *TEXT, "strategy=replay"),
     "text in depth": ("model=decoder", *TEXT, "model.depth=0.5", "model.num_blocks=4"),
     "text with spans hidden": ("model=encoder", *TEXT, "layer=moe", "router=expert_choice"),
@@ -69,7 +81,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 
 QUICKLY = (
     *("strategies together", "strategy lifelong_moe", "strategy icarl", "layer moe switch", "layer peer"),
-    *("accumulating", "looking inside", "one batch", "text in depth"),
+    *("accumulating", "looking inside", "one batch", "text in depth", "growth on drift"),
 )
 """Arms that are not slow: between them they hold every kind of state."""
 

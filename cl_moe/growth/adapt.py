@@ -51,9 +51,9 @@ def adapt(
         InputError: growth is asked of a model without expert layers, or nothing is left to learn.
     """
     at = census.experience
-    newborns, events = _decided(model, census, schedule)
-    events += _stopped(model, at, policy.decide(census, newborns), newborns)
     new_classes = [label for label in classes if label not in model.head.classes]
+    newborns, events = _decided(model, census, schedule, len(new_classes))
+    events += _stopped(model, at, policy.decide(census, newborns), newborns)
     if new_classes:
         events.append({"experience": at, "act": "head", "classes": new_classes})
     if newborns:
@@ -76,12 +76,14 @@ def adapt(
     return events
 
 
-def _decided(model: ContinualModel, census: Census, schedule: GrowthSchedule) -> tuple[int, list[Event]]:
+def _decided(
+    model: ContinualModel, census: Census, schedule: GrowthSchedule, new_classes: int
+) -> tuple[int, list[Event]]:
     """How many are born, and what is noted of the decision: nothing if the calendar alone decided."""
     decision, budget = schedule.decide(census), schedule.birth.budget
     newborns, numbers = decision.num_experts, dict[str, object]()
     if newborns and budget.bounded:
-        size = sizes_after(model, [newborns], schedule.birth.hidden)[-1]
+        size = sizes_after(model, [newborns], schedule.birth.hidden, new_classes)[-1]
         if (over := budget.exceeded(size)) is not None:
             if budget.on_exceed == "refuse":
                 raise budget.refusal(size, census.experience)

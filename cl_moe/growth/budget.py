@@ -86,26 +86,28 @@ class GrowthBudget:
         )
 
 
-def sizes_after(model: ContinualModel, births: Sequence[int], hidden: int | None = None) -> list[Size]:
+def sizes_after(
+    model: ContinualModel, births: Sequence[int], hidden: int | None = None, new_classes: int = 0
+) -> list[Size]:
     """The size of a model, and after each of these growths of every expert layer; nothing is grown.
 
     Args:
         model: as it is.
         births: experts born in each layer, one growth after the other.
         hidden: the newborns' hidden width; None: as at the start.
+        new_classes: that get rows of the head first.
     """
     layers = model.expert_layers.values()
     totals = [layer.num_experts for layer in layers]
     width = next(model.parameters()).element_size()
-    parameters = sum(p.numel() for p in model.parameters())
-    size_in_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    rows = new_classes * (model.head.dim + 1)
+    parameters = sum(p.numel() for p in model.parameters()) + rows
+    size_in_bytes = sum(p.numel() * p.element_size() for p in model.parameters()) + rows * width
     found = [Size(sum(totals), parameters, size_in_bytes)]
     for born in births:
         with torch.random.fork_rng(devices=[]):
-            new = sum(
-                layer.birth_parameters(born, total, hidden)
-                for layer, total in zip(layers, totals, strict=True)
-            )
+            pairs = zip(layers, totals, strict=True)
+            new = sum(layer.birth_parameters(born, total, hidden) for layer, total in pairs)
         totals = [total + born for total in totals]
         parameters, size_in_bytes = parameters + new, size_in_bytes + new * width
         found.append(Size(sum(totals), parameters, size_in_bytes))

@@ -4,12 +4,14 @@ import pytest
 
 from cl_moe.errors import InputError
 from cl_moe.growth import (
+    Aged,
     AllPast,
     At,
     Census,
     EveryExperience,
     FreezePolicy,
     GrowthSchedule,
+    Idle,
     LayerCensus,
     NeverFreeze,
     NeverGrow,
@@ -93,3 +95,50 @@ def test_events_inside_the_stream_are_fine() -> None:
     At({1: 4, 4: 4}).check(num_experiences=5)
     EveryExperience(4).check(num_experiences=1)
     NeverGrow().check(num_experiences=1)
+
+
+def layer(*shares: tuple[float, ...], frozen: tuple[bool, ...] = (False, False)) -> LayerCensus:
+    return LayerCensus(sizes=(4, 4), births=(0, 1), frozen=frozen, shares=shares)
+
+
+EVEN, LOPSIDED = (0.5, 0.5), (0.96, 0.04)
+
+
+@pytest.mark.parametrize(
+    ("found", "newborns", "stopped"),
+    [
+        (layer((1.0,), EVEN, LOPSIDED), 0, ()),  # idle in one experience only
+        (layer((1.0,), LOPSIDED, LOPSIDED), 0, (1,)),
+        (layer((1.0,), LOPSIDED, EVEN), 0, ()),
+        (layer((1.0,), LOPSIDED), 0, ()),  # younger than that
+        (layer((1.0,), LOPSIDED, LOPSIDED, frozen=(False, True)), 0, ()),  # it is frozen already
+        (layer((1.0,), LOPSIDED, LOPSIDED, frozen=(True, False)), 0, ()),  # the last that learns goes on
+        (layer((1.0,), LOPSIDED, LOPSIDED, frozen=(True, False)), 2, (1,)),
+        (layer(), 2, ()),
+    ],
+)
+def test_idle_cohorts_stop(found: LayerCensus, newborns: int, stopped: tuple[int, ...]) -> None:
+    stop = Idle(threshold=0.1, patience=2).decide(Census(4, {0: found, 3: layer(EVEN, EVEN)}), newborns)
+    assert stop == Stop(only={0: stopped} if stopped else {})
+
+
+@pytest.mark.parametrize(
+    ("experience", "newborns", "stopped"), [(1, 0, ()), (2, 0, (0,)), (3, 0, (0,)), (3, 1, (0, 1))]
+)
+def test_old_cohorts_stop_but_not_the_last(experience: int, newborns: int, stopped: tuple[int, ...]) -> None:
+    stop = Aged(age=2).decide(Census(experience, {0: layer()}), newborns)
+    assert stop == Stop(only={0: stopped} if stopped else {})
+
+
+@pytest.mark.parametrize(
+    ("build", "key"),
+    [
+        (lambda: Aged(0), "freeze.age"),
+        (lambda: Idle(threshold=0), "freeze.threshold"),
+        (lambda: Idle(patience=1.5), "freeze.patience"),
+    ],
+)
+def test_policies_refuse_what_cannot_be(build: object, key: str) -> None:
+    with pytest.raises(InputError) as caught:
+        build()  # type: ignore[operator]
+    assert caught.value.key == key
