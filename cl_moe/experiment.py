@@ -38,9 +38,7 @@ def grow_and_freeze(run: Run, experience: Experience) -> None:
     with learner.charges.account("train"), learner.charges.counting():
         census = census_of(run, experience)
         learner.ledger += adapt(learner.model, census, run.growth, run.freeze, classes, run.seed_init)
-    run.note_decision(experience)
-    now = [event["act"] for event in learner.ledger if event["experience"] == experience.index]
-    if seen and {"grow", "upcycle"}.intersection(now):
+    if run.note_decision(experience):
         with learner.charges.account("diagnostics"):
             run.record_shock(evaluate(run.trainer, learner, seen, run.spec.eval_batch_size))
 

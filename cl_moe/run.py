@@ -20,7 +20,7 @@ from cl_moe.checkpoint import Branch, Checkpoints, Moment
 from cl_moe.cost import CostMeter
 from cl_moe.evaluation import Evaluation, enter
 from cl_moe.growth import FreezePolicy, GrowthSchedule, Trace
-from cl_moe.growth.adapt import add_classes
+from cl_moe.growth.adapt import CHANGING, add_classes
 from cl_moe.growth.checks import check_growth
 from cl_moe.learner import Learner
 from cl_moe.measuring import Measuring, Past
@@ -149,10 +149,12 @@ class Run:
             learner = self.learner
             learner.ledger += add_classes(learner.model, self.stream.classes_at_start, self.seed_init)
 
-    def note_decision(self, experience: Experience) -> None:
-        """Tell the tracker what the schedule looked at before an experience."""
-        self.measured.ledger = self.learner.ledger
-        self.tracker.add(names.decision_points(self.measured, experience.index), experience.index)
+    def note_decision(self, experience: Experience) -> bool:
+        """Tell the tracker what the schedule looked at; whether the model now answers the past otherwise."""
+        self.measured.ledger, index = self.learner.ledger, experience.index
+        self.tracker.add(names.decision_points(self.measured, index), index)
+        now = {event["act"] for event in self.learner.ledger if event["experience"] == index}
+        return index > 0 and not now.isdisjoint(CHANGING)
 
     @contextmanager
     def fitting(self, experience: Experience) -> Iterator[DataLoader]:

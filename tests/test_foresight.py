@@ -60,9 +60,9 @@ class Seen:
                 self.first_batches.append(losses)
             add(trace, losses, routings)
 
-        def noting(run: Run, e: object) -> None:
+        def noting(run: Run, e: object) -> bool:
             self.operations[-1] += run.learner.charges.flops["train"]
-            note(run, e)  # type: ignore[arg-type]
+            return note(run, e)  # type: ignore[arg-type]
 
         patch.setattr(experiment, "census_of", looking)
         patch.setattr(Run, "note_decision", noting)

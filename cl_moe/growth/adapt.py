@@ -27,6 +27,8 @@ from cl_moe.seeds import seeded
 Event = dict[str, Any]
 NOTES = ("decide", "upcycle")
 """Acts that change no shape: what a schedule decided, and weights that were filled."""
+CHANGING = ("grow", "upcycle")
+"""Acts after which a model may answer otherwise than before, at once."""
 
 
 def adapt(
