@@ -9,6 +9,7 @@ from typing import NamedTuple
 import lightning as L  # noqa: N812
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cl_moe.batches import evaluation_loader, probe_rows
 from cl_moe.growth.adapt import births
@@ -27,7 +28,8 @@ class Evaluation(NamedTuple):
     """What an evaluation found.
 
     Args:
-        row: (experiences,) float64, mean score on each one's test data.
+        row: (experiences,) float64, mean score on each one's test data; what was not evaluated is NaN in the
+            matrix.
         loads: ``{index of the expert layer: [load on each experience's test data]}``.
         depths: the same for blocks at depth, by block: of real tokens (``count``), those that went through
             (``kept``).
@@ -61,6 +63,9 @@ def evaluate(
     Experiences that share a test set (parts of one that was cut) are scored once. The choices of a probe set
     are taken from this very pass: ``samples`` examples of each test set, the same ones in every run.
     """
+    if not experiences:  # a stream of which nothing has been learnt, and what comes is not known
+        none = torch.empty(0, dtype=torch.float64)
+        return Evaluation(none, {block: [] for block in learner.model.expert_layers}, {}, {}, [], none)
     distinct = {id(experience.test): experience.test for experience in experiences}
     place = {key: index for index, key in enumerate(distinct)}
     tally = Tally(len(distinct), [probe_rows(len(data), samples) for data in distinct.values()])
@@ -134,8 +139,8 @@ def enter(
         learner: as it was evaluated.
         step: optimizer steps so far.
     """
-    boundary = len(record.rows)
-    record.rows.append(found.row)
+    boundary, T = len(record.rows), len(record.names)
+    record.rows.append(pad(found.row, (0, T - len(found.row)), value=math.nan))
     record.loads.append(found.loads)
     record.depths.append(found.depths)
     record.ledger = learner.ledger
@@ -153,7 +158,6 @@ def enter(
     if boundary > 0:
         past.remember(boundary - 1, learner.model, found.choices[boundary - 1], measuring)
     record.shares.append(diagnostics.shares(record, boundary))
-    T = len(record.names)
     points = diagnostics.load_metrics(record, boundary) | diagnostics.latencies(found.peaks, boundary)
     points |= diagnostics.changes(found.choices, past.choices, T) | dict(found.beside)
     points |= inside.calibration_points(record, boundary, found.calibration)

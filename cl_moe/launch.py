@@ -58,7 +58,7 @@ def run(config: DictConfig) -> float:
         run = build(config, original)
         with reproducing.held_against(original, config, run):
             value = run_experiment(run)
-            stored.note_finished(config, run.folder, value)
+            stored.note_finished(config, run.folder, value, run.stream.open)
         return value
     except Exception as error:  # while the run is built: a run that is open names its failures itself
         if failure := failures.named(error, dict(leaves(plain(config, resolve=False)))):

@@ -29,6 +29,7 @@ class Run(Protocol):
     checkpoints: Checkpoints
     fingerprint: dict[str, Any]
     folder: Path
+    tracker: Tracker
 
 
 def write_start(run: Run) -> None:
@@ -53,6 +54,14 @@ def tell_start(tracker: Tracker, folder: Path, anew: bool) -> None:
     if changed := provenance.write_resumed(folder):
         log.warning("Resumed in another environment (%s): see %s.", changed, provenance.RESUMED)
         tracker.artifact(folder / provenance.RESUMED)
+
+
+def tell_arrived(run: Run) -> None:
+    """Note what a stream has that it had not when the run was here last: the checksums of its data."""
+    path, checksums = run.folder / provenance.DATA, run.fingerprint["stream"]
+    if run.stream.open and path.read_text("utf-8") != provenance.data_text(checksums):
+        run.tracker.artifact(provenance.write_data(checksums, path))
+        run.tracker.tag("data_checksum", provenance.data_checksum(checksums))
 
 
 def left_by(run: Run, say: Callable[[str], None]) -> Iterator[tuple[Path, str | None]]:

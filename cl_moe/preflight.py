@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -120,6 +120,13 @@ def check_learning(stream: Stream, training: Stream, growth: GrowthSchedule, fre
             allowed="growth=never beside joint training",
             key="growth (or strategy)",
         )
+    arrived = [sum(len(e.train) for e in stream[: here.index + 1]) for here in training]
+    if stream.open and any(len(here.train) > num for here, num in zip(training, arrived, strict=True)):
+        raise InputError(
+            got="a strategy that trains on experiences before their time, on a stream that still arrives",
+            allowed="one that trains on what is there (cumulative, replay, ...)",
+            key="strategy",
+        )
     seen: set[int] = {label for group in stream.classes_at_start for label in group}
     for experience in training:
         newborns = growth.newborns(Census(experience.index, {}))
@@ -152,19 +159,43 @@ def fingerprint(stream: Stream, learner: Learner) -> dict[str, object]:
     return {"stream": [stream.name, *data], "model": shapes}
 
 
+def _longer(then: Sequence[Any], now: Sequence[Any]) -> Sequence[Any]:
+    """What the stream is now, if it has all that it was then at its beginning."""
+    for index, before in enumerate(then):
+        after = now[index] if index < len(now) else None
+        if before != after and index:
+            got = f"experience {index - 1}, which was {before[0]!r} when it was learnt, and is "
+            got += "gone" if after is None else "changed" if before[0] == after[0] else f"{after[0]!r} now"
+            raise InputError(
+                got=got,
+                allowed="the data that the run began with, unchanged, and new data behind them; or a new run",
+                key="stream (or output_dir)",
+            )
+    return now if then[:1] == now[:1] else then
+
+
 def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def why_not(state: Mapping[str, Any], fingerprint: Mapping[str, Any], other_model: bool) -> str | None:
+def why_not(
+    state: Mapping[str, Any], fingerprint: Mapping[str, Any], other_model: bool, open_stream: bool = False
+) -> str | None:
     """Why a checkpoint's state is none of a run's, if it is not.
 
     Args:
         state: of the checkpoint.
         fingerprint: of the run.
         other_model: whether it may be of another model, as a dense parent's is that a mixture takes over.
+        open_stream: whether the stream may have more experiences by now.
+
+    Raises:
+        InputError: one of those that an open stream had before is not what it was; going back to an older
+            checkpoint would hide that.
     """
-    theirs = state.get("fingerprint", {})
+    theirs = dict(state.get("fingerprint", {}))
+    if open_stream and theirs.get("stream"):
+        theirs["stream"] = _longer(theirs["stream"], fingerprint["stream"])
     for part, what in (("stream", "another stream, or of other data"), ("model", "another model")):
         if theirs.get(part) != fingerprint[part] and not (part == "model" and other_model):
             return f"is of {what}"

@@ -56,13 +56,13 @@ def read(
         trainer: of the stream.
         learner: as it is now.
         stream: as evaluated.
-        row: (T,) scores, minus the loss in nats per token.
+        row: (T,) scores, minus the loss in nats per token; or of the first ones, if those were measured.
         batch_size: examples per evaluation batch.
     """
     if not reads(learner.model, stream):
         return {}
     T, vocabulary = len(stream), stream.vocabulary
-    named = {f"experience_{numbered(e.index, T)}": e.test for e in stream}
+    named = {f"experience_{numbered(e.index, T)}": e.test for e in stream[: len(row)]}
     texts = [(held.name, held.text) for held in stream.held_out if held.text is not None]
     asked = [(held.name, held.passages) for held in stream.held_out if held.passages is not None]
     scores = torch.cat([row, _scores(trainer, learner, [text for _, text in texts], batch_size)])

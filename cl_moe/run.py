@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -82,8 +83,8 @@ class Run:
     tags: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.growth.check(len(self.stream))
-        check_growth(self.learner.model, self.growth, len(self.stream))
+        self.growth.check(self.stream.horizon)
+        check_growth(self.learner.model, self.growth, self.stream.horizon)
         preflight.check_fit(self.stream, self.learner.model, self.spec.epochs)
         preflight.check_objective(self.objective, self.stream, self.learner, self.measuring)
         self.training_stream = preflight.training_view(self.stream, self.learner.strategies)
@@ -135,6 +136,7 @@ class Run:
             self._load(state)
             self.tracker.load_state_dict(state["tracker"])
             leaving.tell_start(self.tracker, self.folder, anew=False)
+            leaving.tell_arrived(self)
             self.tracker.send()
             self.tracker.tag("failure", "none")  # whatever ended the earlier process does not hold any more
             self.saved = Moment(state["boundary"], state["batches"])
@@ -227,7 +229,7 @@ class Run:
     def _save(self, moment: Moment) -> None:
         """Write a checkpoint that holds the unsent points, then send them."""
         self.watchdog.alive()
-        best = int(self.measured.matrix.mean(dim=1).argmax())
+        best = int(self.measured.matrix.nanmean(dim=1).nan_to_num(-math.inf).argmax())
         self.checkpoints.save(self.saved_in, moment, self._state(), best)
         self.saved = moment
         self.tracker.send()
@@ -249,7 +251,8 @@ class Run:
         self.learner.load_whole_state(state["learner"])
         self.trainer.fit_loop.load_state_dict(state["loop"])
         self.trainer.fit_loop.max_epochs = state["max_epochs"]
-        self.measured = Record.from_state_dict(state["record"])
+        names = [experience.name for experience in self.stream]
+        self.measured = Record.from_state_dict(state["record"]).stretched(names)
         self.measured.cumulative = self.measuring.matrix
         self.past.load_state_dict(state["past"])
         self.cost.load_state_dict(state["cost"])
@@ -259,7 +262,7 @@ class Run:
 
     def _refuse(self, state: Mapping[str, Any]) -> str | None:
         """Why a state is not this run's, if it is not."""
-        return preflight.why_not(state, self.fingerprint, other_model=self.upcycled is not None)
+        return preflight.why_not(state, self.fingerprint, self.upcycled is not None, self.stream.open)
 
     def _start_from(self, branch: Branch) -> None:
         """Take over a parent's boundary; a strategy new here is shown the past, as if it had been there."""

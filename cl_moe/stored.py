@@ -84,8 +84,8 @@ def finished(config: DictConfig) -> float | None:
         return None
     folder = folder_of(config)
     noted = mapping(folder / FINISHED) or {}
-    if not noted or undelivered(folder):
-        return None
+    if not noted or noted.get("open") is True or undelivered(folder):
+        return None  # more may have arrived
     compare_config(config, folder)
     if not isinstance(noted.get("value"), float) or noted.get("objective") != config.objective:
         return None
@@ -97,9 +97,10 @@ def finished(config: DictConfig) -> float | None:
     return float(noted["value"])
 
 
-def note_finished(config: DictConfig, folder: Path, value: float) -> None:
-    """Note that a run has returned its objective."""
-    _write(folder / FINISHED, {"objective": config.objective, "value": float(value)})
+def note_finished(config: DictConfig, folder: Path, value: float, may_go_on: bool) -> None:
+    """Note that a run has returned its objective, and whether its stream is an open one."""
+    note = {"objective": config.objective, "value": float(value)}
+    _write(folder / FINISHED, note | ({"open": True} if may_go_on else {}))
 
 
 def check_command_line(config: DictConfig) -> None:

@@ -78,6 +78,8 @@ class Stream(Sequence[Experience]):
         vocabulary: what each token stands for, by its number; empty where tokens are bytes, or none.
         online: every training example may be seen once only; a run of several epochs is refused.
         held_out: texts for measuring a language model, all different in name.
+        open: further experiences may arrive behind the last one, so nothing that is done before them may
+            depend on them: a row measures what was learnt by then, and every boundary may be the end.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Stream(Sequence[Experience]):
     vocabulary: tuple[bytes, ...] = field(default=(), repr=False)
     online: bool = False
     held_out: tuple[HeldOut, ...] = field(default=(), repr=False)
+    open: bool = False
 
     def __post_init__(self) -> None:
         if self.scenario not in SCENARIOS:
@@ -122,8 +125,10 @@ class Stream(Sequence[Experience]):
 
         Class-incremental: none, the head grows as classes arrive. Otherwise the labels are no secret of the
         stream, so the head is whole from the start and the row before any training is measured, not assumed.
+        An open stream knows the classes of its tasks no sooner than they arrive.
         """
-        return () if self.scenario == "class" else self.class_groups
+        withheld = self.scenario == "class" or (self.open and self.scenario == "task")
+        return () if withheld else self.class_groups
 
     @property
     def class_groups(self) -> tuple[tuple[int, ...], ...]:
@@ -136,6 +141,19 @@ class Stream(Sequence[Experience]):
             if new:
                 groups.append(new)
         return tuple(groups)
+
+    @property
+    def horizon(self) -> int:
+        """So many experiences a plan may look ahead: all there are, or 100 where more may arrive."""
+        return max(100, len(self)) if self.open else len(self)
+
+    def end(self, after: int) -> int:
+        """The number of experiences behind which the stream ends, for all that is known ``after`` so many."""
+        return after if self.open else len(self)
+
+    def measured(self, after: int) -> tuple[Experience, ...]:
+        """What is evaluated ``after`` so many experiences."""
+        return self.experiences[: self.end(after)]
 
     def group_of_class(self) -> Tensor:
         """(classes,) int64: which of ``class_groups`` each class belongs to; -1 if it never arrives."""

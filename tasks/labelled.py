@@ -118,11 +118,18 @@ def by_domains(data: Labelled, order: Sequence[int], scenario: Scenario) -> tupl
         classes = tuple(train.tensors[1].unique().tolist())
         label = index if scenario == "task" else None
         experiences.append(Experience(index, data.domains[number], train, test, classes, label))
-    _check_classes(experiences, scenario, data.classes)
+    check_classes(experiences, scenario, data.classes)
     return tuple(experiences)
 
 
-def _check_classes(experiences: Sequence[Experience], scenario: Scenario, names: Sequence[str]) -> None:
+def check_classes(experiences: Sequence[Experience], scenario: Scenario, names: Sequence[str]) -> None:
+    """Refuse experiences that come with classes of their own, where the scenario does not allow it.
+
+    Args:
+        experiences: at least one.
+        scenario: ``task``: no class in two of them; ``domain``: the same classes in all; ``class``: any.
+        names: of the classes, by number.
+    """
     seen: dict[int, str] = {}
     for experience in experiences:
         if shared := [label for label in experience.classes if label in seen and scenario == "task"]:

@@ -110,10 +110,15 @@ def write_data(checksums: Sequence[object], path: Path) -> Path:
             checksums of its parts.
         path: of the file.
     """
+    write_atomically(path, data_text(checksums).encode())
+    return path
+
+
+def data_text(checksums: Sequence[object]) -> str:
+    """What ``write_data`` writes."""
     name, *experiences = checksums
     text = json.dumps({"stream": name, "experiences": experiences}, indent=1)
-    write_atomically(path, f"{text}\n".encode())
-    return path
+    return f"{text}\n"
 
 
 def data_checksum(checksums: object) -> str:

@@ -6,11 +6,12 @@ Legend: T experiences, row i: after i experiences (row 0: before any training), 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cl_moe.layers.routing import ExpertLoad
 from cl_moe.stream import Kind
@@ -72,6 +73,12 @@ class Record:
     def experiences_trained(self) -> int:
         """i of the newest row."""
         return len(self.rows) - 1
+
+    def stretched(self, names: Sequence[str]) -> Record:
+        """The same of a stream to which experiences were added, on which no row was measured: NaN."""
+        more = len(names) - len(self.names)
+        rows = [pad(row, (0, more), value=torch.nan) for row in self.rows]
+        return replace(self, names=list(names), rows=rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain Python only, so that a checkpoint loads with ``weights_only=True``."""

@@ -52,7 +52,7 @@ def boundary_line(record: Record, i: int) -> str:
     what = "loss" if record.kind == "language" else "accuracy"
     if i == 0:
         mean = _sign(record) * record.rows[0].mean().item()
-        parts = [f"before training: mean {what} {mean:.3f}"]
+        parts = ["before training" + ("" if math.isnan(mean) else f": mean {what} {mean:.3f}")]
     else:
         newest = _sign(record) * record.rows[i][i - 1].item()
         parts = [f"{i}/{len(record.names)} {_cut(record.names[i - 1], 16)}: {what} {newest:.3f}"]
