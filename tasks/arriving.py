@@ -24,8 +24,8 @@ _OF_EACH = ("validation", "label_noise", "online")
 
 
 def arriving(
-    files: str = "arriving/*",
-    columns: Mapping[str, object] | None = None,
+    files: str,
+    columns: Mapping[str, object],
     test_share: float | None = None,
     scenario: str = "domain",
     context: int = 128,
@@ -107,8 +107,8 @@ def _found(files: str) -> list[Path]:
     return paths
 
 
-def _columns(columns: Mapping[str, object] | None, scenario: str) -> Columns:
-    meaning = Columns.of({} if columns is None else columns)
+def _columns(columns: Mapping[str, object], scenario: str) -> Columns:
+    meaning = Columns.of(columns)
     if meaning.domain is not None:
         allowed = "null: an experience is a file"
         raise InputError(got=f"{meaning.domain!r}", allowed=allowed, key="stream.columns.domain")
