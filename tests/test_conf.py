@@ -40,6 +40,9 @@ def test_the_groups_of_the_contract_are_there():
     assert groups == {"strategy", *launch.GROUPS}
 
 
+ARRIVED = {"arriving": [f"stream.files={ROOT.parent}/tasks/data/brown_press.parquet"]}
+
+
 @pytest.mark.parametrize(("group", "name"), LEAVES, ids="/".join)
 def test_keys_are_the_parameters_of_the_class(group: str, name: str, composed: Compose):
     node = node_of(composed(f"{group}={name}"), group, name)
@@ -52,7 +55,7 @@ def test_keys_are_the_parameters_of_the_class(group: str, name: str, composed: C
 def test_every_leaf_instantiates(group: str, name: str, composed: Compose):
     if name in ELSEWHERE and not os.environ.get("CL_MOE_DATA"):
         pytest.skip(f"stream={name} needs {ELSEWHERE[name]} in CL_MOE_DATA")
-    made = instantiate(node_of(composed(f"{group}={name}"), group, name))
+    made = instantiate(node_of(composed(f"{group}={name}", *ARRIVED.get(name, [])), group, name))
     assert isinstance(made, functools.partial) == (group in GIVEN_LATER)
 
 

@@ -21,7 +21,7 @@ CONTRACT = "split_digits permuted_digits split_mnist permuted_mnist rotated_mnis
 CONTRACT += " text_domains text_languages intents hf"
 QUICK = {
     "hf": ["stream.columns.domain=domain"],
-    "arriving": [f"stream.files={Path(__file__).parents[2]}/tasks/data/brown_[fp]*.parquet"],
+    "arriving": [f"stream.files={Path(__file__).parents[2]}/tasks/data/bible_e*.parquet"],
     "text_domains": ["stream.train_bytes=20000", "stream.test_bytes=5000"],
     "text_languages": ["stream.train_bytes=20000", "stream.test_bytes=5000"],
     "permuted_mnist": ["stream.num_experiences=2"],
