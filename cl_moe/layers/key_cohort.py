@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cl_moe.layers.expert_layer import most_used, noisy_copy
 from cl_moe.layers.product_keys import shell_coordinates, shell_index
 from cl_moe.layers.queries import Queries, QueryNorm, add_query_net
+from cl_moe.layers.tables import ExpertTable
 
 
 class KeyCohort(nn.Module):
@@ -55,7 +56,7 @@ class KeyCohort(nn.Module):
         shape = (*([queries.heads] if keys_per_head else []), 2, len(rows), half)
         self.keys = nn.Parameter(torch.empty(shape).uniform_(-(half**-0.5), half**-0.5))
         for name, std in stds.items():
-            setattr(self, name, nn.Parameter(torch.randn(self.num_experts, dim) * std))
+            setattr(self, name, ExpertTable(torch.randn(self.num_experts, dim).mul_(std)))
 
     def scores(self, query_QSH: Tensor, side: int, keys_SrH: Tensor) -> Tensor:
         """(Q, r): the queries' products with the sub-keys of one side, ``keys_SrH`` being ``keys``, widened.

@@ -3,9 +3,10 @@
 The two computations are each other's derivative, so two forward kernels serve both directions: no tensor of
 shape (pairs, width) is ever built, nothing is accumulated by atomics, and each output row is summed in the
 order of its pairs. (Autograd of the stock kernels gives the same numbers; its backward took 3.4 times as long
-for 2,048 tokens x 128 pairs over 1,024 experts of width 64.)
+for 2,048 tokens x 128 pairs over 1,024 experts of width 64.) The gradient of a table whose columns are few of
+many holds these alone, if the table asks for it (``ExpertTable``).
 
-Legend: R rows, C columns, P pairs, D width, R1 = R + 1.
+Legend: R rows, C columns, P pairs, D width, R1 = R + 1, U columns that occur.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from cl_moe.layers.tables import sparse_rows, wants_rows
 
 
 class Pairs:
@@ -40,6 +43,8 @@ class Pairs:
     ) -> None:
         self.start_R1, self.column_P, self.num_columns = start_R1, column_P, num_columns
         self._transpose = transpose
+        self._sorted: tuple[Tensor, Tensor] | None = None
+        self._compact: tuple[Tensor, Pairs] | None = None
         # torch's sampled product refuses more pairs than the full matrix has entries; and the choice must not
         # depend on the pairs themselves, since the two ways differ in their last bits
         self.full_product = max_per_row > num_columns
@@ -57,11 +62,29 @@ class Pairs:
     def transpose(self) -> tuple[Pairs, Tensor]:
         """The pairs sorted by column (stable), and the order (P,) that sorts them; sorted once, then kept."""
         if self._transpose is None:
-            column_P, order_P = torch.sort(self.column_P, stable=True)
+            column_P, order_P = self._by_column()
             boundary_C1 = torch.arange(self.num_columns + 1, device=column_P.device)
             start_C1 = torch.searchsorted(column_P, boundary_C1)
             self._transpose = (Pairs(start_C1, self.rows()[order_P], self.num_rows), order_P)
         return self._transpose
+
+    def compact(self) -> tuple[Tensor, Pairs, Tensor]:
+        """The columns (U,) that occur, ascending; pairs of them and their rows; the order (P,) of ``transpose``.
+
+        Nothing here is as long as C.
+        """
+        column_P, order_P = self._by_column()
+        if self._compact is None:
+            column_U, count_U = column_P.unique_consecutive(return_counts=True)
+            start_U1 = nn.functional.pad(count_U.cumsum(0), (1, 0))
+            self._compact = column_U, Pairs(start_U1, self.rows()[order_P], self.num_rows)
+        return *self._compact, order_P
+
+    def _by_column(self) -> tuple[Tensor, Tensor]:
+        """The columns sorted, and the stable order (P,) that sorts them."""
+        if self._sorted is None:
+            self._sorted = torch.sort(self.column_P, stable=True)
+        return self._sorted
 
 
 def regular_pairs(column_RK: Tensor, num_columns: int) -> Pairs:
@@ -73,12 +96,12 @@ def regular_pairs(column_RK: Tensor, num_columns: int) -> Pairs:
 
 def pair_dot(a_RD: Tensor, b_CD: Tensor, pairs: Pairs) -> Tensor:
     """(P,): ``a[row] . b[column]`` of every pair; float32 or float64."""
-    return _Dot.apply(a_RD, b_CD, pairs)
+    return _Dot.apply(a_RD, b_CD, pairs, wants_rows(b_CD))
 
 
 def pair_sum(weight_P: Tensor, table_CD: Tensor, pairs: Pairs) -> Tensor:
     """(R, D): for every row the sum of ``weight * table[column]`` over its pairs; float32 or float64."""
-    return _Sum.apply(weight_P, table_CD, pairs)
+    return _Sum.apply(weight_P, table_CD, pairs, wants_rows(table_CD))
 
 
 def pair_gather(table_RD: Tensor, pairs: Pairs) -> Tensor:
@@ -110,10 +133,10 @@ def _bag(table_CD: Tensor, pairs: Pairs, weight_P: Tensor | None) -> Tensor:
         return table_CD.new_zeros(pairs.num_rows, table_CD.shape[1])
     return nn.functional.embedding_bag(
         pairs.column_P,
-        table_CD,
+        table_CD.detach(),  # else torch notes for each pair which bag it is in
         pairs.start_R1,
         mode="sum",
-        per_sample_weights=weight_P,
+        per_sample_weights=None if weight_P is None else weight_P.detach(),
         include_last_offset=True,
     )
 
@@ -128,36 +151,38 @@ def _warn_sparse_beta() -> None:
 
 class _Dot(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a_RD: Tensor, b_CD: Tensor, pairs: Pairs) -> Tensor:
+    def forward(ctx: Any, a_RD: Tensor, b_CD: Tensor, pairs: Pairs, by_rows: bool) -> Tensor:
         ctx.save_for_backward(a_RD, b_CD)
-        ctx.pairs = pairs
+        ctx.pairs, ctx.by_rows = pairs, by_rows
         return _dot(a_RD, b_CD, pairs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         a_RD, b_CD = ctx.saved_tensors
         grad_P = grad_P.contiguous()
         grad_a = _bag(b_CD, ctx.pairs, grad_P) if ctx.needs_input_grad[0] else None
-        grad_b = _column_sum(grad_P, a_RD, ctx.pairs) if ctx.needs_input_grad[1] else None
-        return grad_a, grad_b, None
+        column_sum = _touched_sum if ctx.by_rows else _column_sum
+        grad_b = column_sum(grad_P, a_RD, ctx.pairs) if ctx.needs_input_grad[1] else None
+        return grad_a, grad_b, None, None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight_P: Tensor, table_CD: Tensor, pairs: Pairs) -> Tensor:
+    def forward(ctx: Any, weight_P: Tensor, table_CD: Tensor, pairs: Pairs, by_rows: bool) -> Tensor:
         ctx.save_for_backward(weight_P, table_CD)
-        ctx.pairs = pairs
+        ctx.pairs, ctx.by_rows = pairs, by_rows
         return _bag(table_CD, pairs, weight_P)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         weight_P, table_CD = ctx.saved_tensors
         grad_RD = grad_RD.contiguous()
         grad_weight = _dot(grad_RD, table_CD, ctx.pairs) if ctx.needs_input_grad[0] else None
-        grad_table = _column_sum(weight_P, grad_RD, ctx.pairs) if ctx.needs_input_grad[1] else None
-        return grad_weight, grad_table, None
+        column_sum = _touched_sum if ctx.by_rows else _column_sum
+        grad_table = column_sum(weight_P, grad_RD, ctx.pairs) if ctx.needs_input_grad[1] else None
+        return grad_weight, grad_table, None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -177,3 +202,9 @@ def _column_sum(weight_P: Tensor, table_RD: Tensor, pairs: Pairs) -> Tensor:
     """(C, D): for every column the sum of ``weight * table[row]`` over its pairs."""
     by_column, order_P = pairs.transpose()
     return _bag(table_RD, by_column, weight_P[order_P])
+
+
+def _touched_sum(weight_P: Tensor, table_RD: Tensor, pairs: Pairs) -> Tensor:
+    """The same as a sparse (C, D) tensor of the columns that occur, bit for bit."""
+    column_U, by_column, order_P = pairs.compact()
+    return sparse_rows(column_U, _bag(table_RD, by_column, weight_P[order_P]), pairs.num_columns)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from cl_moe.errors import InputError
+from cl_moe.layers.crossings import with_gradient
 from cl_moe.layers.expert_layer import ExpertLayer
 from cl_moe.layers.key_cohort import KeyCohort
 from cl_moe.layers.precision import no_autocast, wide
-from cl_moe.layers.product_keys import Block, Found, grid_size, search, shell_blocks
+from cl_moe.layers.product_keys import Found, blocks_of, grid_size, search
 from cl_moe.layers.queries import Queries, QueryNorm, add_query_net, ask
 from cl_moe.layers.retrieval import Retrieval, compete
 from cl_moe.layers.routing import Routing
@@ -246,17 +247,30 @@ class ProductKeyLayer(ExpertLayer):
         """What heads take, (Q, k) with ids for life: one list, or under ``sum`` one of each cohort."""
         asked = range(chosen[-1] + 1) if self._by_shells else chosen  # young shells have pairs with old ones
         shared_QSH = None if self._own_queries else ask(self, tokens, self.queries)
-        scores = {c: self._scores(c, tokens, shared_QSH) for c in asked}
+        # What the compiler sees, and a query net of each cohort, keep to the gradients of all scores.
+        apart = shared_QSH is not None and not torch.compiler.is_compiling()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not apart):
+            found = self._search({c: self._scores(c, tokens, shared_QSH) for c in asked}, chosen)
+        return self._learnable(found, shared_QSH, asked) if apart else found
+
+    def _search(self, scores: Mapping[int, Sequence[Tensor]], chosen: Sequence[int]) -> list[Found]:
         adds = self.retrieval.policy == "sum"
         if self._by_shells:
-            side_scores = [torch.cat([scores[c][side] for c in asked], dim=1) for side in range(2)]
+            side_scores = [torch.cat([score[side] for score in scores.values()], dim=1) for side in range(2)]
             parts = [[c] for c in chosen] if adds else [list(chosen)]
-            return [search(side_scores, self.k, self._blocks(part)) for part in parts]
+            return [
+                search(side_scores, self.k, blocks_of([self._cohort(c).rows for c in part])) for part in parts
+            ]
         found = []
         for c in chosen:
             score, expert = search(scores[c], self.k)
             found.append(Found(score, expert + sum(self.cohort_sizes[:c])))
         return found if adds else [compete(found, self.k)]
+
+    def _learnable(self, found: Sequence[Found], query_QSH: Tensor, asked: Sequence[int]) -> list[Found]:
+        firsts = None if self._by_shells else [sum(self.cohort_sizes[:c]) for c in asked]
+        cohorts = [self._cohort(c) for c in asked]
+        return [with_gradient(one, query_QSH, cohorts, firsts, self.heads) for one in found]
 
     def _scores(self, index: int, tokens: Tokens, query_QSH: Tensor | None) -> list[Tensor]:
         """(Q, m) of each side: scores of the sub-keys of one cohort."""
@@ -265,16 +279,6 @@ class ProductKeyLayer(ExpertLayer):
             query_QSH = ask(cohort, tokens, self.queries)
         keys = wide(cohort.keys)
         return [cohort.scores(query_QSH, side, keys) for side in range(2)]
-
-    def _blocks(self, chosen: Sequence[int]) -> list[Block]:
-        """The parts of the one grid whose experts belong to these cohorts; neighbours as one part."""
-        blocks, run = [], [chosen[0]]
-        for c in [*chosen[1:], -1]:
-            if c != run[-1] + 1:
-                blocks += shell_blocks(self._cohort(run[0]).rows.start, self._cohort(run[-1]).rows.stop)
-                run = []
-            run.append(c)
-        return blocks
 
     def _parts(self, chosen: Sequence[int]) -> list[Part]:
         """The cohorts in use, and which columns of the routing are theirs."""

@@ -130,6 +130,21 @@ def shell_blocks(first: int, stop: int) -> list[Block]:
     return [Block(range(first, stop), range(stop)), *old_rows]
 
 
+def blocks_of(shells: Sequence[range]) -> list[Block]:
+    """The blocks of some shells of a grid; those that follow each other are searched as one.
+
+    >>> blocks_of([range(0, 1), range(1, 2)]) == shell_blocks(0, 2)
+    True
+    """
+    joined = [shells[0]]
+    for shell in shells[1:]:
+        if shell.start == joined[-1].stop:
+            joined[-1] = range(joined[-1].start, shell.stop)
+        else:
+            joined.append(shell)
+    return [block for shell in joined for block in shell_blocks(shell.start, shell.stop)]
+
+
 def _useful_pairs_of(block: Block, score_Qm: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """(Q, P) rows and columns of the pairs of a block that may be among its k best."""
     widths, best_QW = [], []

@@ -1,0 +1,94 @@
+"""Gradients of retrieved scores, without the gradient of all scores.
+
+A score is that of a crossing: the products of a query's two halves with one sub-key of each side, added. Autograd
+of the products of all queries and all sub-keys would move as much as these do twice over, nearly all of it
+zeros; here a query's gradient is a sum over the K crossings that it took, and a sub-key's one over the queries
+that took it (``pairs.py``).
+
+Legend: Q queries (one per token and head), S = 2 sides, H half of the key width, K retrieved, M sub-keys of all
+sides, heads and cohorts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cl_moe.layers.key_cohort import KeyCohort
+from cl_moe.layers.pairs import pair_sum, regular_pairs
+from cl_moe.layers.precision import wide
+from cl_moe.layers.product_keys import Found, shell_coordinates
+
+
+def with_gradient(
+    found: Found, query_QSH: Tensor, cohorts: Sequence[KeyCohort], firsts: Sequence[int] | None, heads: int
+) -> Found:
+    """What was found, its scores differentiable with respect to the query and the cohorts' keys.
+
+    Args:
+        found: scores without a gradient, ids that count from 0 at the first cohort's first expert, or from
+            where ``firsts`` says.
+        query_QSH: (Q, 2, H), token by token, head by head.
+        cohorts: those that ids may be of.
+        firsts: the id of each cohort's first expert, ascending; None: the cohorts are shells of one grid.
+        heads: h, of which each may have sub-keys of its own.
+    """
+    if not torch.is_grad_enabled():
+        return found
+    keys = [wide(cohort.keys) for cohort in cohorts]
+    table_MH = torch.cat([key.reshape(-1, key.shape[-1]) for key in keys])
+    at_QSK = _places(found.expert, cohorts, firsts, heads)
+    return Found(_Score.apply(query_QSH, table_MH, found.score, at_QSK), found.expert)
+
+
+def _places(
+    expert_QK: Tensor, cohorts: Sequence[KeyCohort], firsts: Sequence[int] | None, heads: int
+) -> Tensor:
+    """(Q, 2, K): where the two sub-keys of each expert stand in the table of all sub-keys."""
+    device = expert_QK.device
+    lengths = torch.tensor([len(cohort.rows) for cohort in cohorts], device=device)
+    sets = heads if cohorts[0].keys.dim() == 4 else 1
+    offsets = 2 * sets * (lengths.cumsum(0) - lengths)
+    if firsts is None:  # which shells a row or column is of is a question for each side
+        starts = torch.tensor([cohort.rows.start for cohort in cohorts], device=device)
+        at_QSK = torch.stack(shell_coordinates(expert_QK), dim=1)
+        own_QSK = torch.bucketize(at_QSK, starts[1:], right=True)
+        at_QSK -= starts[own_QSK]
+    else:
+        starts = torch.tensor(firsts, device=device)
+        own_QK = torch.bucketize(expert_QK, starts[1:], right=True)
+        at_QSK = torch.stack(shell_coordinates(expert_QK - starts[own_QK]), dim=1)
+        own_QSK = own_QK.unsqueeze(1)
+    length_QSK = lengths[own_QSK]
+    at_QSK += offsets[own_QSK]
+    at_QSK[:, 1] += length_QSK[:, -1]  # a set is its sub-keys of the one side, then those of the other
+    if sets > 1:
+        head_Q = torch.arange(expert_QK.shape[0], device=device) % heads
+        at_QSK += 2 * length_QSK * head_Q[:, None, None]
+    return at_QSK
+
+
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query_QSH: Tensor, table_MH: Tensor, score_QK: Tensor, at_QSK: Tensor) -> Tensor:
+        ctx.save_for_backward(query_QSH, table_MH, at_QSK)
+        return score_QK.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_QK: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        query_QSH, table_MH, at_QSK = ctx.saved_tensors
+        half = query_QSH.shape[-1]
+        pairs = regular_pairs(at_QSK.reshape(-1, at_QSK.shape[-1]), table_MH.shape[0])
+        grad_P = grad_QK.unsqueeze(1).expand_as(at_QSK).reshape(-1)
+        grad_query = grad_table = None
+        if ctx.needs_input_grad[0]:
+            grad_query = pair_sum(grad_P, table_MH, pairs).reshape(query_QSH.shape)
+        if ctx.needs_input_grad[1]:
+            by_key, order_P = pairs.transpose()
+            grad_table = pair_sum(grad_P[order_P], query_QSH.reshape(-1, half), by_key)
+        return grad_query, grad_table, None, None
