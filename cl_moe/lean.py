@@ -7,6 +7,8 @@ from typing import Any
 import lightning as L  # noqa: N812
 import torch
 
+from cl_moe.optim import clip_gradients
+
 
 class LeanModule(L.LightningModule):
     """Abstract: a learner's part that speaks of Lightning only.
@@ -48,7 +50,7 @@ class LeanModule(L.LightningModule):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            torch.nn.utils.clip_grad_norm_(held, gradient_clip_val)
+            clip_gradients(held, gradient_clip_val)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the batch; between two optimizer steps, let the run be saved."""

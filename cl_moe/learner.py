@@ -26,7 +26,7 @@ from cl_moe.models.rewind import RouterState
 from cl_moe.optim import OptimizerSpec, OptimizerState, load_state_by_name, state_by_name
 from cl_moe.scoring import Scoring, add_terms
 from cl_moe.seeds import derive_seed, generator, generator_states, set_generator_states
-from cl_moe.strategies.base import Outlook, Setting, Step, Strategy, only_one
+from cl_moe.strategies.base import Outlook, Setting, Step, Strategy, check_rows, only_one
 from cl_moe.strategies.passes import answering
 from cl_moe.stream import Experience, Stream
 
@@ -86,6 +86,7 @@ class Learner(LeanModule):
         self._classifier = only_one(self.strategies, "predict", "each classifies in its own way")
         for strategy in acting:
             strategy.check(Setting(model, stream, tuple(self.strategies)))
+        check_rows(optimizer.rows, self.strategies)
 
     # ---- training
 
@@ -172,7 +173,7 @@ class Learner(LeanModule):
         if self._gradient_hooks:
             with self.charges.step("gradients", varies=True):
                 for strategy in self._gradient_hooks:
-                    strategy.gradients(self.model)
+                    strategy.work_on_gradients(self.model)
         self._step_loads.apply(self._balancing)
 
     def on_train_end(self) -> None:

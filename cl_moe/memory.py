@@ -130,7 +130,9 @@ def readable(size: int) -> str:
 
 
 def _size(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Bytes; of a sparse tensor those of its entries."""
+    parts = (t._values() if t.is_sparse else t for t in tensors)
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _process_peak() -> int:

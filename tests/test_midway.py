@@ -53,7 +53,10 @@ ARMS: dict[str, tuple[str, ...]] = {
     "strategies together": (*MOE, "strategy=[replay,lwf]", "optimizer=adamw", "optimizer.state=carry"),
     "layer dense": ("strategy=replay", "optimizer.momentum=0.9"),
     "layer moe switch": (*MOE, "router=switch", "optimizer=adamw"),
-    "layer peer": (*GROW, *PEER, "optimizer=adamw", "optimizer.state=carry"),
+    "layer peer": (
+        *(*GROW, *PEER, "optimizer=adamw", "optimizer.state=carry", "optimizer.rows=row"),
+        *("trainer.accumulate=2", "trainer.gradient_clip=0.1"),
+    ),
     "accumulating": (*MOE, "trainer.accumulate=2", "trainer.gradient_clip=1"),
     "looking inside": (*MOE, "strategy=replay", "layer.dropout=0.5", "trainer.accumulate=2", "eval.every=1"),
     "one batch": (*MOE, "trainer.batch_size=1000", "trainer.epochs=3"),

@@ -1,12 +1,12 @@
 """Gradients of retrieved scores, without the gradient of all scores.
 
-A score is that of a crossing: the products of a query's two halves with one sub-key of each side, added. Autograd
-of the products of all queries and all sub-keys would move as much as these do twice over, nearly all of it
-zeros; here a query's gradient is a sum over the K crossings that it took, and a sub-key's one over the queries
-that took it (``pairs.py``).
+A score is that of a crossing: the products of a query's two halves with one sub-key of each side, added.
+Autograd of the products of all queries with all sub-keys multiplies as much again, twice, nearly all of it
+zeros; here a query's gradient is a sum over the K crossings that it took, and a sub-key's one over the
+queries that took it (``pairs.py``).
 
-Legend: Q queries (one per token and head), S = 2 sides, H half of the key width, K retrieved, M sub-keys of all
-sides, heads and cohorts.
+Legend: Q queries (one per token and head), S = 2 sides, H half of the key width, K retrieved, M sub-keys of
+all sides, heads and cohorts.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Pairs:
         return self._transpose
 
     def compact(self) -> tuple[Tensor, Pairs, Tensor]:
-        """The columns (U,) that occur, ascending; pairs of them and their rows; the order (P,) of ``transpose``.
+        """The columns (U,) that occur, ascending; pairs of them and rows; the order (P,) of ``transpose``.
 
         Nothing here is as long as C.
         """

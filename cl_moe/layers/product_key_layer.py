@@ -251,7 +251,7 @@ class ProductKeyLayer(ExpertLayer):
         apart = shared_QSH is not None and not torch.compiler.is_compiling()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not apart):
             found = self._search({c: self._scores(c, tokens, shared_QSH) for c in asked}, chosen)
-        return self._learnable(found, shared_QSH, asked) if apart else found
+        return self._learnable(found, shared_QSH, asked) if shared_QSH is not None and apart else found
 
     def _search(self, scores: Mapping[int, Sequence[Tensor]], chosen: Sequence[int]) -> list[Found]:
         adds = self.retrieval.policy == "sum"

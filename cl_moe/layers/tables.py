@@ -1,6 +1,6 @@
 """Tables of experts that are single vectors, and gradients that hold only the rows that were read.
 
-Legend: N rows of a table, D width, U rows that were touched, E entries before rows that stand twice are summed.
+Legend: N rows of a table, D width, U touched rows, E entries, in which a row may stand twice.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 class ExpertTable(nn.Parameter):
     """A parameter (N, D) whose row i is one expert's vector; a step reads few of its rows.
 
-    Where ``by_rows`` is set, a backward pass leaves a sparse ``.grad`` with the touched rows alone; an optimizer
-    that takes such gradients sets it. A copy of the table, a table in half precision, and one that stands in for
-    another in a functional call have dense gradients, and so has every compiled layer.
+    Where ``by_rows`` is set, a backward pass leaves a sparse ``.grad`` with the touched rows alone; an
+    optimizer that takes such gradients sets it. A copy of the table, a table in half precision, and what
+    stands in for it in a functional call have dense gradients; so have the tables of a compiled layer.
 
     Attributes:
         by_rows: whether its gradient is to be one of rows.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cl_moe.errors import InputError
 from cl_moe.layers.routing import Routing
+from cl_moe.layers.tables import dense_gradients
 from cl_moe.models.base import ContinualModel
 from cl_moe.stream import Experience, Kind, Stream
 
@@ -106,9 +107,12 @@ class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothin
     Attributes:
         computes: whether ``begin`` or ``end`` do more than bookkeeping (they run the model, say): what they
             take is counted then, which is slow where there is nothing to count.
+        takes_rows: whether ``gradients`` can work on a table's gradient of rows (``layers/tables.py``); else
+            it is given a dense one.
     """
 
     computes: bool = True
+    takes_rows: bool = False
 
     def check(self, setting: Setting) -> None:
         """Refuse, before anything is trained, a run that this strategy cannot serve.
@@ -137,6 +141,12 @@ class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothin
     def gradients(self, model: ContinualModel) -> None:
         """Gradients stand, the optimizer has not stepped yet."""
         return None
+
+    def work_on_gradients(self, model: ContinualModel) -> None:
+        """``gradients``, of which tables' are dense unless it takes those of rows."""
+        if not self.takes_rows:
+            dense_gradients(model.parameters())
+        self.gradients(model)
 
     def end(self, outlook: Outlook) -> None:
         """The experience was trained."""
@@ -189,6 +199,25 @@ def only_one(strategies: Mapping[str, Strategy], hook: str, why: str) -> Strateg
             key="strategy",
         )
     return strategies[having[0]] if having else None
+
+
+def check_rows(rows: str, strategies: Mapping[str, Strategy]) -> None:
+    """Refuse to let tables learn by rows where a strategy has to see the gradient of all of them.
+
+    Args:
+        rows: as asked of the optimizer.
+        strategies: of the run, by name.
+
+    Raises:
+        InputError: names the strategy.
+    """
+    for name, one in strategies.items():
+        if rows == "row" and not one.takes_rows and type(one).gradients is not Strategy.gradients:
+            raise InputError(
+                got=f"optimizer.rows=row with strategy={name}, which works on whole gradients",
+                allowed="optimizer.rows=auto or dense",
+                key="optimizer.rows (or strategy)",
+            )
 
 
 def check_new_classes(name: str, stream: Stream) -> None:

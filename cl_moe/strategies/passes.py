@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cl_moe.batches import padding_mask
 from cl_moe.layers.routing import Routing
+from cl_moe.layers.tables import dense
 from cl_moe.models.base import ContinualModel
 from cl_moe.strategies.base import Batch, Outlook, Question, Strategy
 from cl_moe.stream import IGNORE
@@ -115,7 +116,7 @@ def example_gradients(
                 continue
             gradients = torch.autograd.grad(score(answer.logits, answer.targets), held, allow_unused=True)
             yield {
-                name: torch.zeros_like(p) if gradient is None else gradient
+                name: torch.zeros_like(p) if gradient is None else dense(gradient)
                 for (name, p), gradient in zip(parameters.items(), gradients, strict=True)
             }
 
@@ -132,7 +133,7 @@ def memory_gradient(outlook: Outlook, kept: Batch, draw: torch.Generator) -> dic
             return {}
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     pairs = zip(parameters, gradients, strict=True)
-    return {name: gradient for name, gradient in pairs if gradient is not None}
+    return {name: dense(gradient) for name, gradient in pairs if gradient is not None}
 
 
 @contextmanager

@@ -22,6 +22,7 @@ class RouterFreezing(Strategy):
     """
 
     computes = False
+    takes_rows = True
 
     def __init__(self, warmup: int = 1) -> None:
         if not isinstance(warmup, int) or warmup < 0:

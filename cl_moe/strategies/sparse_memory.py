@@ -13,6 +13,7 @@ from torch import Tensor
 from cl_moe.errors import InputError
 from cl_moe.layers.product_key_layer import ProductKeyLayer
 from cl_moe.layers.routing import fold_load
+from cl_moe.layers.tables import row_gradient
 from cl_moe.models.base import ContinualModel
 from cl_moe.seeds import generator
 from cl_moe.strategies.base import Batch, Outlook, Setting, Step, Strategy, tensor_bytes
@@ -42,6 +43,8 @@ class SparseMemory(Strategy):
         num_background: B, background batches.
         background_size: examples in each, drawn without replacement.
     """
+
+    takes_rows = True
 
     def __init__(
         self,
@@ -122,13 +125,20 @@ class SparseMemory(Strategy):
                 mine_n = chosen_N[first : first + size]
                 first += size
                 for name in cohort.tables if self.rows == "uv" else ("v",):  # type: ignore[union-attr]
-                    table = getattr(cohort, str(name))
-                    if table.grad is not None and table.requires_grad:
-                        table[mine_n] -= self.lr * table.grad[mine_n]
+                    self._move(getattr(cohort, str(name)), mine_n)
         for name, parameter in learning(model).items():
             if name not in self._open:
                 parameter.grad = None
         self._reads = {}
+
+    def _move(self, table: torch.nn.Parameter, mine_n: Tensor) -> None:
+        touched = row_gradient(table)
+        if touched is not None:
+            row_U, value_UD = touched
+            mine_U = mine_n[row_U]
+            table[row_U[mine_U]] -= self.lr * value_UD[mine_U]
+        elif table.grad is not None and table.requires_grad:
+            table[mine_n] -= self.lr * table.grad[mine_n]
 
     def chosen(self, block: int) -> Tensor:
         """(N,) bool: the rows of a layer that may learn in this step; ties go to the older row."""

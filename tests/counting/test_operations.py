@@ -127,12 +127,18 @@ def product_keys(heads: int, k: int, size: int, vectors: int, width: int) -> int
     return queries + scores + vectors * 2 * T * heads * k * D
 
 
+def product_keys_backward(forward: int, heads: int, k: int, size: int, width: int) -> int:
+    """All else twice; of the scores only those of retrieved experts, for queries and for sub-keys."""
+    halves = 2 * T * heads * 2 * (width // 2)
+    return 2 * (forward - halves * size) + 2 * halves * k
+
+
 @pytest.mark.parametrize("glu", [False, True])
 def test_experts_of_one_neuron(glu: bool):
     layer = PEER(D, 49, heads=2, k=3, key_dim=8, glu=glu)
     forward, backward = both_ways(layer, tokens())
     assert forward == product_keys(2, 3, 7, vectors=3 if glu else 2, width=8)
-    assert backward == 2 * forward
+    assert backward == product_keys_backward(forward, 2, 3, 7, width=8)
 
 
 @pytest.mark.parametrize("keys", ["shared", "per_head"])
@@ -140,7 +146,7 @@ def test_a_product_key_memory(keys: str):
     layer = PKM(D, 49, heads=2, k=3, key_dim=8, retrieval=Retrieval(keys=keys))
     forward, backward = both_ways(layer, tokens())
     assert forward == product_keys(2, 3, 7, vectors=1, width=8)
-    assert backward == 2 * forward
+    assert backward == product_keys_backward(forward, 2, 3, 7, width=8)
 
 
 @pytest.mark.parametrize("policy", ["compete", "sum"])

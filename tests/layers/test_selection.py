@@ -23,3 +23,13 @@ def test_equals_sorting_by_score_then_rank(dtype, data):
     assert top_k_first(score_RN, k)[0].tolist() == by_position
     assert top_k_first(score_RN, k, rank_RN=torch.tensor([ranks]))[0].tolist() == by_rank
     assert torch.equal(score_RN, before)
+
+
+@pytest.mark.parametrize("levels", [2, 30, 10**6])
+@pytest.mark.parametrize("num", [271, 272, 512])
+def test_groups_of_many_scores_choose_as_sorting_does(levels, num):
+    score = torch.randint(-levels, levels, (40, num), generator=torch.Generator().manual_seed(num)).float()
+    score[0, :] = -torch.inf
+    score[1, 3:] = -torch.inf
+    expected = score.sort(dim=1, descending=True, stable=True).indices[:, :16]
+    assert torch.equal(top_k_first(score, 16), expected)

@@ -7,16 +7,17 @@ Their state (momentum, moments) is carried over for survivors or starts afresh, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cl_moe.errors import InputError
+from cl_moe.layers.tables import ExpertTable
+from cl_moe.optim.by_rows import ROW_POLICIES, ByRows
+from cl_moe.optim.rules import AdagradRows, AdamRows, RowRule, SGDRows
+from cl_moe.optim.state import Named
 
-Named = Iterable[tuple[str, nn.Parameter]]
-OptimizerState = dict[str, dict[str, Any]]
 StatePolicy = Literal["carry", "reset"]
 
 
@@ -25,9 +26,12 @@ class OptimizerSpec(ABC):
 
     Attributes:
         state: ``"carry"`` survivors' state over a boundary, or ``"reset"`` it there.
+        rows: of the tables of product-key layers (see ``ByRows``): ``"row"``: only rows that a step touched
+            learn in it; ``"dense"``: all do, as in any other parameter; ``"auto"``: what is cheaper.
     """
 
     state: str
+    rows: str
 
     @abstractmethod
     def build(self, parameters: Named) -> torch.optim.Optimizer:
@@ -39,6 +43,8 @@ class OptimizerSpec(ABC):
             raise InputError(
                 got=f"state={self.state!r}", allowed=", ".join(get_args(StatePolicy)), key="optimizer.state"
             )
+        if self.rows not in ROW_POLICIES:
+            raise InputError(got=f"rows={self.rows!r}", allowed=", ".join(ROW_POLICIES), key="optimizer.rows")
         lr = getattr(self, "lr", None)
         if not isinstance(lr, (int, float)) or not lr > 0:
             raise InputError(got=f"lr={lr!r}", allowed="a number above 0", key="optimizer.lr")
@@ -57,9 +63,15 @@ class SGD(OptimizerSpec):
     """Stochastic gradient descent; weight decay on all parameters, as torch has it."""
 
     def __init__(
-        self, lr: float, momentum: float = 0.0, weight_decay: float = 0.0, state: str = "reset"
+        self,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        state: str = "reset",
+        rows: str = "auto",
     ) -> None:
-        self.lr, self.momentum, self.weight_decay, self.state = lr, momentum, weight_decay, state
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.state, self.rows = state, rows
         self.check()
 
     def build(self, parameters: Named) -> torch.optim.Optimizer:
@@ -71,7 +83,7 @@ class SGD(OptimizerSpec):
         if self.momentum:  # the fused step refuses newborns without a buffer beside survivors with theirs
             for parameter in learning:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return optimizer
+        return with_rows(optimizer, SGDRows(), self.rows)
 
 
 class AdamW(OptimizerSpec):
@@ -84,9 +96,10 @@ class AdamW(OptimizerSpec):
         weight_decay: float = 0.01,
         eps: float = 1e-8,
         state: str = "reset",
+        rows: str = "auto",
     ) -> None:
         self.lr, self.betas, self.weight_decay, self.eps = lr, tuple(betas), weight_decay, eps
-        self.state = state
+        self.state, self.rows = state, rows
         self.check()
 
     def build(self, parameters: Named) -> torch.optim.Optimizer:
@@ -96,33 +109,41 @@ class AdamW(OptimizerSpec):
             {"params": [p for name, p in learning if _is_matrix(name, p)], "weight_decay": self.weight_decay},
             {"params": [p for name, p in learning if not _is_matrix(name, p)], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=self.lr,
             betas=(self.betas[0], self.betas[1]),
             eps=self.eps,
             fused=True,
         )
+        return with_rows(optimizer, AdamRows(), self.rows)
+
+
+class Adagrad(OptimizerSpec):
+    """Adagrad without decay; of the tables of product-key layers it remembers one number per row."""
+
+    def __init__(self, lr: float, eps: float = 1e-10, state: str = "reset", rows: str = "auto") -> None:
+        self.lr, self.eps, self.state, self.rows = lr, eps, state, rows
+        self.check()
+
+    def build(self, parameters: Named) -> torch.optim.Optimizer:
+        """``torch.optim.Adagrad`` over what learns, and ``AdagradRows`` over tables."""
+        learning = [parameter for _, parameter in parameters if parameter.requires_grad]
+        tables = [parameter for parameter in learning if isinstance(parameter, ExpertTable)]
+        others = [parameter for parameter in learning if not isinstance(parameter, ExpertTable)]
+        whole = torch.optim.Adagrad(others, lr=self.lr, eps=self.eps) if others or not tables else None
+        if whole is not None and not tables:
+            return whole
+        return ByRows(whole, AdagradRows(), tables, self.rows, {"lr": self.lr, "eps": self.eps})
+
+
+def with_rows(optimizer: torch.optim.Optimizer, rule: RowRule, rows: str) -> torch.optim.Optimizer:
+    """The optimizer itself where it holds no table; else one that steps rows by ``rule``."""
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    tables = [parameter for parameter in held if isinstance(parameter, ExpertTable)]
+    return ByRows(optimizer, rule, tables, rows) if tables else optimizer
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay is for it; the stacked biases of a cohort are biases all the same."""
     return parameter.ndim >= 2 and name.rpartition(".")[2] not in ("b_in", "b_out")
-
-
-def state_by_name(optimizer: torch.optim.Optimizer, parameters: Named) -> OptimizerState:
-    """An optimizer's state keyed by parameter name: a key that survives growth."""
-    return {name: dict(optimizer.state[p]) for name, p in parameters if p in optimizer.state}
-
-
-def load_state_by_name(
-    optimizer: torch.optim.Optimizer, parameters: Named, state: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Give survivors their state back; newborns start without one. Tensors are copied, not shared."""
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in parameters:
-        if parameter in held and name in state:
-            optimizer.state[parameter] = {
-                key: value.clone() if isinstance(value, Tensor) else value
-                for key, value in state[name].items()
-            }

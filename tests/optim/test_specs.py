@@ -6,7 +6,7 @@ from torch import nn
 
 from cl_moe.errors import InputError
 from cl_moe.layers import PEER, MoE
-from cl_moe.optim import SGD, AdamW, OptimizerSpec, load_state_by_name, state_by_name
+from cl_moe.optim import SGD, Adagrad, AdamW, OptimizerSpec, load_state_by_name, state_by_name
 
 
 def net() -> nn.ModuleDict:
@@ -23,6 +23,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, factor: float = 1.0
 SPECS = {
     "sgd": SGD(lr=0.1, momentum=0.9, state="carry"),
     "adamw": AdamW(lr=0.1, weight_decay=0.1, state="carry"),
+    "adagrad": Adagrad(lr=0.1, state="carry"),
 }
 
 
@@ -128,14 +129,14 @@ def test_adamw_decays_matrices_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("lr", [0, -0.1, float("nan"), "0.1", None])
-@pytest.mark.parametrize("spec", [SGD, AdamW])
+@pytest.mark.parametrize("spec", [SGD, AdamW, Adagrad])
 def test_a_rate_that_is_no_rate_is_refused(spec: type, lr: object) -> None:
     with pytest.raises(InputError) as caught:
         spec(lr=lr)
     assert caught.value.key == "optimizer.lr"
 
 
-@pytest.mark.parametrize("spec", [SGD, AdamW])
+@pytest.mark.parametrize("spec", [SGD, AdamW, Adagrad])
 def test_an_unknown_state_policy_is_refused(spec: type) -> None:
     with pytest.raises(InputError) as caught:
         spec(lr=0.1, state="keep")

@@ -1,0 +1,52 @@
+"""An optimizer's state by the names of parameters: what survives growth, and goes into checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_moe.errors import InputError
+from cl_moe.layers.tables import ExpertTable
+
+Named = Iterable[tuple[str, nn.Parameter]]
+OptimizerState = dict[str, dict[str, Any]]
+
+
+def state_by_name(optimizer: torch.optim.Optimizer, parameters: Named) -> OptimizerState:
+    """An optimizer's state keyed by parameter name: a key that survives growth."""
+    return {name: dict(optimizer.state[p]) for name, p in parameters if p in optimizer.state}
+
+
+def load_state_by_name(
+    optimizer: torch.optim.Optimizer, parameters: Named, state: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Give survivors their state back; newborns start without one. Tensors are copied, not shared.
+
+    Raises:
+        InputError: what was remembered row by row is to go on as if all rows had been stepped alike, or a
+            table that is to learn by rows learnt as a whole.
+    """
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    rows = getattr(optimizer, "rows", None)
+    for name, parameter in parameters:
+        if parameter not in held or name not in state:
+            continue
+        if isinstance(parameter, ExpertTable):
+            _check_rows(name, state[name].get("by_rows"), rows)
+        optimizer.state[parameter] = {
+            key: value.clone() if isinstance(value, Tensor) else value for key, value in state[name].items()
+        }
+
+
+def _check_rows(name: str, by_rows: bool | None, rows: str | None) -> None:
+    if by_rows is None or rows in ("auto", "row" if by_rows else "dense"):
+        return
+    kept = "row" if by_rows else "dense"
+    raise InputError(
+        got=f"optimizer.rows={rows or 'dense'} with a state of {name} that was kept by rows={kept}",
+        allowed=f"optimizer.rows=auto or {kept}, which go on with it, or optimizer.state=reset",
+        key="optimizer.rows",
+    )
