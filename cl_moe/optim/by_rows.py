@@ -60,7 +60,7 @@ class ByRows(torch.optim.Optimizer):
             table.by_rows = rows != "dense"
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; ``closure`` computes the loss anew, as torch's optimizers have it."""
         loss = None
         if closure is not None:
