@@ -55,6 +55,7 @@ bench: $(VENV)/.bench ## speed and memory, as ratios
 	$(PY) benchmarks/train_step.py
 	$(PY) benchmarks/overhead.py
 	$(PY) benchmarks/peer_step.py
+	$(PY) benchmarks/peer_cohorts.py
 
 clean: ## remove .venv, builds and caches; runs and their results stay
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
