@@ -1,9 +1,8 @@
 """What cohorts of a product-key expert layer cost: frozen ones in a step, a newborn one at its birth.
 
-PEER as in ``peer_step.py``. First, ten cohorts of one size, all live or nine of them frozen, with a learning
-layer below that needs the gradient of the input; a step is forward, backward and optimizer. Then a pool that
-grows by a tenth: seconds, and memory beside what the old pool and the newborn hold. Each number comes from a
-process of its own; contenders are interleaved.
+PEER as in ``peer_step.py``. First ten cohorts of one size, all live or nine of them frozen, above a layer that
+learns; a step is forward, backward and optimizer. Then a pool that grows by a tenth: seconds, and memory beside
+what the old pool holds. Each number comes from a process of its own; contenders are interleaved.
 
     python benchmarks/peer_cohorts.py [--sizes 128 512 1024] [--repetitions 3] [--steps 5] [--grown 1024]
         [--threads 2] [--clock wall|cpu]
@@ -107,7 +106,7 @@ def births(asked: argparse.Namespace) -> bool:
     Console().print(
         f"[{'green' if holds else 'red'}]{asked.grown} x {asked.grown} experts grow by "
         f"{tenth(asked.grown)} x {tenth(asked.grown)}: {seconds:.2f} s (under {GROWTH_LIMIT}), "
-        f"{readable(peak)} beside the old pool, of which {readable(born)} are the newborns (at most twice that)"
+        f"{readable(peak)} beside the old pool, {readable(born)} of it the newborns (at most twice that)"
     )
     return holds
 
