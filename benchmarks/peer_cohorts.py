@@ -1,8 +1,8 @@
 """What cohorts of a product-key expert layer cost: frozen ones in a step, a newborn one at its birth.
 
-PEER as in ``peer_step.py``. First ten cohorts of one size, all live or nine of them frozen, above a layer that
-learns; a step is forward, backward and optimizer. Then a pool that grows by a tenth: seconds, and memory beside
-what the old pool holds. Each number comes from a process of its own; contenders are interleaved.
+PEER as in ``peer_step.py``. First, ten cohorts of one size, all live or nine of them frozen, above a layer
+that learns; a step is forward, backward and optimizer. Then a pool that grows by a tenth: seconds, and memory
+beside what the old pool holds. Each number comes from a process of its own; contenders are interleaved.
 
     python benchmarks/peer_cohorts.py [--sizes 128 512 1024] [--repetitions 3] [--steps 5] [--grown 1024]
         [--threads 2] [--clock wall|cpu]
