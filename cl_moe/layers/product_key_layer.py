@@ -257,10 +257,9 @@ class ProductKeyLayer(ExpertLayer):
         adds = self.retrieval.policy == "sum"
         if self._by_shells:
             side_scores = [torch.cat([score[side] for score in scores.values()], dim=1) for side in range(2)]
-            parts = [[c] for c in chosen] if adds else [list(chosen)]
-            return [
-                search(side_scores, self.k, blocks_of([self._cohort(c).rows for c in part])) for part in parts
-            ]
+            rows = [self._cohort(c).rows for c in chosen]
+            parts = [[one] for one in rows] if adds else [rows]
+            return [search(side_scores, self.k, blocks_of(part)) for part in parts]
         found = []
         for c in chosen:
             score, expert = search(scores[c], self.k)
@@ -269,28 +268,22 @@ class ProductKeyLayer(ExpertLayer):
 
     def _learnable(self, found: Sequence[Found], query_QSH: Tensor, asked: Sequence[int]) -> list[Found]:
         firsts = None if self._by_shells else [sum(self.cohort_sizes[:c]) for c in asked]
-        cohorts = [self._cohort(c) for c in asked]
-        return [with_gradient(one, query_QSH, cohorts, firsts, self.heads) for one in found]
+        owners = [self._cohort(c) for c in asked]
+        return [with_gradient(one, query_QSH, owners, firsts, self.heads) for one in found]
 
     def _scores(self, index: int, tokens: Tokens, query_QSH: Tensor | None) -> list[Tensor]:
         """(Q, m) of each side: scores of the sub-keys of one cohort."""
         cohort = self._cohort(index)
-        if query_QSH is None:
-            query_QSH = ask(cohort, tokens, self.queries)
-        keys = wide(cohort.keys)
-        return [cohort.scores(query_QSH, side, keys) for side in range(2)]
+        query_QSH = ask(cohort, tokens, self.queries) if query_QSH is None else query_QSH
+        return [cohort.scores(query_QSH, side, wide(cohort.keys)) for side in range(2)]
 
     def _parts(self, chosen: Sequence[int]) -> list[Part]:
         """The cohorts in use, and which columns of the routing are theirs."""
         share = self.heads * self.k
         apart = self.retrieval.policy == "sum" or len(chosen) == 1
         return [
-            Part(
-                self._cohort(c),
-                sum(self.cohort_sizes[:c]),
-                slice(place * share, (place + 1) * share) if apart else None,
-            )
-            for place, c in enumerate(chosen)
+            Part(self._cohort(c), sum(self.cohort_sizes[:c]), slice(at, at + share) if apart else None)
+            for at, c in zip(range(0, share * len(chosen), share), chosen, strict=True)
         ]
 
     def _cohort(self, index: int) -> KeyCohort:
