@@ -14,7 +14,7 @@ ifneq ($(STAMPED),$(CURDIR))
 FRESH = fresh
 endif
 
-.PHONY: help demo test test-all check format chaos pictures bench clean fresh
+.PHONY: help demo test test-all check format chaos pictures bench gpu-check clean fresh
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' Makefile | expand -t 12
@@ -56,6 +56,9 @@ bench: $(VENV)/.bench ## speed and memory, as ratios
 	$(PY) benchmarks/overhead.py
 	$(PY) benchmarks/peer_step.py
 	$(PY) benchmarks/peer_cohorts.py
+
+gpu-check: $(VENV)/.bench ## layers, benches and short experiments in bfloat16 on a CUDA device, where there is one
+	$(PY) benchmarks/gpu_check.py
 
 clean: ## remove .venv, builds and caches; runs and their results stay
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -40,7 +41,30 @@ SIZES, LIMITS = (8, 64), {8: 1.4, 64: 1.8}
 COHORTS, NEWBORNS = 10, 8
 FROZEN_LIMITS = {"something learns below": 0.75, "nothing learns below": 0.55}
 Step = Callable[[], float]
-Clock = Callable[[], float]
+
+
+class Setting(NamedTuple):
+    """What all contenders share.
+
+    Args:
+        tokens: (sequences, length, width), float32.
+        dtype: of matrix products: float32, or bfloat16 by autocast.
+        repetitions: of every step.
+    """
+
+    tokens: Tensor
+    dtype: torch.dtype
+    repetitions: int
+
+    def clock(self) -> float:
+        """Wall seconds, when all that was asked of the device is done."""
+        if self.tokens.is_cuda:
+            torch.cuda.synchronize(self.tokens.device)
+        return time.perf_counter()
+
+    def autocast(self) -> torch.autocast:
+        """Where forward passes run."""
+        return torch.autocast(self.tokens.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 class LoopedMoE(nn.Module):
@@ -61,7 +85,7 @@ class LoopedMoE(nn.Module):
         gate_TK, out_TD = logits_TK.softmax(dim=-1), torch.zeros_like(x_TD)
         for index, expert in enumerate(self.experts):
             token, place = (choice_TK == index).nonzero(as_tuple=True)
-            out_TD.index_add_(0, token, expert(x_TD[token]) * gate_TK[token, place].unsqueeze(-1))
+            out_TD.index_add_(0, token, (expert(x_TD[token]) * gate_TK[token, place].unsqueeze(-1)).to(x))
         return out_TD.reshape(x.shape), out_TD.new_zeros(())
 
 
@@ -92,27 +116,28 @@ def contenders(num_experts: int) -> dict[str, nn.Module]:
     return layers
 
 
-def passes(layer: nn.Module, x: Tensor, clock: Clock) -> Step:
+def passes(layer: nn.Module, x: Tensor, setting: Setting) -> Step:
     """Seconds of a forward and a backward pass, gradients made anew."""
 
     def step() -> float:
         layer.zero_grad(set_to_none=True)
         x.grad = None
-        start = clock()
-        out, loss = layer(x)
+        start = setting.clock()
+        with setting.autocast():
+            out, loss = layer(x)
         (out.float().square().mean() + loss).backward()
-        return clock() - start
+        return setting.clock() - start
 
     return step
 
 
-def updates(optimizer: torch.optim.Optimizer, clock: Clock) -> Step:
+def updates(optimizer: torch.optim.Optimizer, setting: Setting) -> Step:
     """Seconds of an optimizer step, with the gradients that are there."""
 
     def step() -> float:
-        start = clock()
+        start = setting.clock()
         optimizer.step()
-        return clock() - start
+        return setting.clock() - start
 
     return step
 
@@ -144,19 +169,19 @@ def coloured(text: str, bad: bool) -> str:
     return f"[{'red' if bad else 'green'}]{text}"
 
 
-def beside_dense(tokens: Tensor, clock: Clock, repetitions: int, console: Console) -> bool:
+def beside_dense(setting: Setting, console: Console) -> bool:
     """The first table; whether all ratios are within their limits."""
-    table = Table(title=f"forward + backward, {THREADS} threads, {repetitions} repetitions: ms")
+    table = Table(title=f"forward + backward, {THREADS} threads, {setting.repetitions} repetitions: ms")
     for column in ("experts", "", "median", "min", "max", "x dense", "at most", "optimizer", "cl-moe / it"):
         table.add_column(column, justify="left" if not column else "right")
     fine = True
     for size in SIZES:
-        layers = {name: layer.to(tokens) for name, layer in contenders(size).items()}
+        layers = {name: layer.to(setting.tokens) for name, layer in contenders(size).items()}
         steps = {
-            name: [passes(layer, tokens, clock), updates(adamw(layer), clock)]
+            name: [passes(layer, setting.tokens, setting), updates(adamw(layer), setting)]
             for name, layer in layers.items()
         }
-        times = interleaved(steps, repetitions)
+        times = interleaved(steps, setting.repetitions)
         for name, (took, optimizing) in times.items():
             of_dense, of_ours = ratio(took, times["dense"][0]), ratio(times["cl-moe"][0], took)
             limit = LIMITS[size] if name == "cl-moe" else None
@@ -187,25 +212,27 @@ def cohorts_of(num_frozen: int, tokens: Tensor) -> MoE:
     return layer.to(tokens)
 
 
-def whole_step(layer: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, clock: Clock) -> Step:
+def whole_step(layer: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, setting: Setting) -> Step:
     """Seconds of both passes and the optimizer."""
-    parts = passes(layer, x, clock), updates(optimizer, clock)
+    parts = passes(layer, x, setting), updates(optimizer, setting)
     return lambda: sum(part() for part in parts)
 
 
-def frozen_beside_live(tokens: Tensor, clock: Clock, repetitions: int, console: Console) -> bool:
+def frozen_beside_live(setting: Setting, console: Console) -> bool:
     """The second table; whether all ratios are within their limits."""
-    title = f"{COHORTS} cohorts of {NEWBORNS} experts: ms per step with AdamW, {repetitions} repetitions"
+    title = (
+        f"{COHORTS} cohorts of {NEWBORNS} experts: ms per step with AdamW, {setting.repetitions} repetitions"
+    )
     table = Table(title=title)
     for column in ("", "all live", "9 frozen", "ratio", "at most", "optimizer state"):
         table.add_column(column, justify="left" if not column else "right")
     fine = True
     for name, limit in FROZEN_LIMITS.items():
-        x = tokens.detach().requires_grad_(name == "something learns below")
+        x = setting.tokens.detach().requires_grad_(name == "something learns below")
         layers = {kind: Ours(cohorts_of(num, x)) for kind, num in (("live", 0), ("frozen", COHORTS - 1))}
         optimizers = {kind: adamw(layer) for kind, layer in layers.items()}
-        steps = {kind: [whole_step(layers[kind], optimizers[kind], x, clock)] for kind in layers}
-        times = {kind: took for kind, (took,) in interleaved(steps, repetitions).items()}
+        steps = {kind: [whole_step(layers[kind], optimizers[kind], x, setting)] for kind in layers}
+        times = {kind: took for kind, (took,) in interleaved(steps, setting.repetitions).items()}
         kept = {kind: state_bytes(optimizer) for kind, optimizer in optimizers.items()}
         share = ratio(times["frozen"], times["live"])
         fine &= share <= limit and COHORTS * kept["frozen"] == kept["live"]
@@ -226,35 +253,21 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(entry.numel() * entry.element_size() for entry in entries if entry.dim() > 0)
 
 
-def clock_of(device: torch.device) -> Clock:
-    """Wall seconds, when all that was asked of the device is done."""
-
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return clock
-
-
-def main() -> int:
+def main(*words: str) -> int:
     """Print both tables. Returns 1 if a ratio is over its limit, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    device = torch.device(options.device)
-    tokens = torch.randn(SEQUENCES, LENGTH, WIDTH, device=device, dtype=getattr(torch, options.dtype))
-    tokens.requires_grad_()
-    clock, console = clock_of(device), Console(width=110)
-    parts = [
-        table(tokens, clock, options.repetitions, console) for table in (beside_dense, frozen_beside_live)
-    ]
+    tokens = torch.randn(SEQUENCES, LENGTH, WIDTH, device=options.device, requires_grad=True)
+    setting = Setting(tokens, getattr(torch, options.dtype), options.repetitions)
+    console = Console(width=110)
+    parts = [table(setting, console) for table in (beside_dense, frozen_beside_live)]
     return 0 if all(parts) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))
