@@ -46,10 +46,13 @@ def test_small_pieces_that_were_freed_count_for_who_takes_them_again():
         return [torch.ones(MIB // 16) for _ in range(400)]  # 100 MiB below glibc's threshold for its own maps
 
     def measured() -> float:
-        pieces()
+        freed = pieces()
+        behind = pieces()[-1]  # so that glibc does not give back by itself what lies before it
+        del freed
         peak = PeakMemory()
         peak.start()
         pieces()
+        del behind
         return peak.bytes() / MIB
 
     # A kernel short of memory takes pages of files away and brings them back meanwhile: seldom three times.
