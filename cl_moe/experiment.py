@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cl_moe.evaluation import evaluate, rewind
-from cl_moe.foresight import census_of
+from cl_moe.foresight import census_of, tell_decision
 from cl_moe.growth.adapt import adapt
 from cl_moe.plasticity import observe
 from cl_moe.reading import read
@@ -24,7 +24,7 @@ def run_experiment(run: Run) -> float:
             measure(run)
         for experience in run.training_stream[run.boundary :]:
             run.progress.open(experience.index, run.learner.batches if run.inside else 0)
-            if len(experience.train) > 0 and not run.trained:  # joint training leaves nothing for later ones
+            if run.is_due(experience):
                 if not run.inside:
                     grow_and_freeze(run, experience)
                 fit(run, experience)
@@ -38,7 +38,7 @@ def grow_and_freeze(run: Run, experience: Experience) -> None:
     with learner.charges.account("train"), learner.charges.counting():
         census = census_of(run, experience)
         learner.ledger += adapt(learner.model, census, run.growth, run.freeze, classes, run.seed_init)
-    if run.note_decision(experience):
+    if tell_decision(run, experience):
         with learner.charges.account("diagnostics"):
             run.record_shock(evaluate(run.trainer, learner, seen, run.spec.eval_batch_size))
 

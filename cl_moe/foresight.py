@@ -11,11 +11,13 @@ from torch import Tensor
 from cl_moe.anytime import untouched
 from cl_moe.batches import Order, padding_mask
 from cl_moe.growth import Census, Looks
-from cl_moe.growth.adapt import take_census
+from cl_moe.growth.adapt import CHANGING, take_census
 from cl_moe.learner import Learner
 from cl_moe.seeds import generator
 from cl_moe.stream import Experience
+from cl_moe.tracking import names
 from cl_moe.tracking.record import Record
+from cl_moe.tracking.tracker import Tracker
 from cl_moe.trainer import TrainerSpec
 
 
@@ -26,6 +28,7 @@ class Run(Protocol):
     measured: Record
     spec: TrainerSpec
     trainer: L.Trainer
+    tracker: Tracker
     seed_data: int
 
 
@@ -81,3 +84,12 @@ def _losses(
     mask = padding_mask(targets) if learner.kind == "language" else None
     logits, _ = model(inputs, mask=mask)
     return learner.scoring.losses(logits, targets).cpu()
+
+
+def tell_decision(run: Run, experience: Experience) -> bool:
+    """Tell the tracker what the schedule looked at; whether the model now answers the past otherwise."""
+    measured, index = run.measured, experience.index
+    measured.ledger = run.learner.ledger
+    run.tracker.add(names.decision_points(measured, index), index)
+    now = {event["act"] for event in measured.ledger if event["experience"] == index}
+    return index > 0 and not now.isdisjoint(CHANGING)

@@ -113,6 +113,7 @@ def build(config: DictConfig, original: reproducing.Original | None = None) -> R
         objective=config.objective,
         checkpoints=instantiate(config.checkpoint),
         measuring=instantiate(config.eval),
+        budget=instantiate(config.budget),
         branch=branch,
         upcycled=upcycled,
         go_on=_sweep(),

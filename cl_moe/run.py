@@ -21,11 +21,12 @@ from cl_moe.checkpoint import Branch, Checkpoints, Moment
 from cl_moe.cost import CostMeter
 from cl_moe.evaluation import Evaluation, enter
 from cl_moe.growth import FreezePolicy, GrowthSchedule, Trace
-from cl_moe.growth.adapt import CHANGING, add_classes
+from cl_moe.growth.adapt import add_classes
 from cl_moe.growth.checks import check_growth
 from cl_moe.learner import Learner
 from cl_moe.measuring import Measuring, Past
 from cl_moe.progress import StreamProgress
+from cl_moe.spending import Budget, Spending
 from cl_moe.stream import Experience, Stream
 from cl_moe.tracking import inside, names, table
 from cl_moe.tracking.loads import copy_rows, keep_row
@@ -55,6 +56,7 @@ class Run:
         objective: metric key whose last value the experiment returns.
         checkpoints: when to save inside an experience, and what is kept.
         measuring: what is measured beside the accuracy matrix.
+        budget: what may be spent.
         branch: the parent's boundary that this run starts from, instead of from nothing.
         upcycled: what this run's mixture takes over from that parent, if it was a dense model.
         go_on: what ``resume=`` is to name after a stop, a sweep's folder say; None: the run's own.
@@ -75,6 +77,7 @@ class Run:
     objective: str = "stream/average_accuracy"
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     measuring: Measuring = field(default_factory=Measuring)
+    budget: Budget = field(default_factory=Budget)
     branch: Branch | None = None
     upcycled: Upcycled | None = None
     go_on: Path | None = None
@@ -93,6 +96,8 @@ class Run:
         experiences = self.training_stream
         self.progress = StreamProgress([e.name for e in experiences], self.spec.num_steps(experiences))
         self.trainer: L.Trainer = self.spec.build()
+        self.spending = Spending(self.learner, self.budget, self.trainer)
+        self.spending.check_start(experiences, self.growth, self.spec)
         self.measured = Record(self.stream.kind, [experience.name for experience in self.stream])
         self.past = Past()
         self.cost = CostMeter(self.learner, self.past)
@@ -151,12 +156,10 @@ class Run:
             learner = self.learner
             learner.ledger += add_classes(learner.model, self.stream.classes_at_start, self.seed_init)
 
-    def note_decision(self, experience: Experience) -> bool:
-        """Tell the tracker what the schedule looked at; whether the model now answers the past otherwise."""
-        self.measured.ledger, index = self.learner.ledger, experience.index
-        self.tracker.add(names.decision_points(self.measured, index), index)
-        now = {event["act"] for event in self.learner.ledger if event["experience"] == index}
-        return index > 0 and not now.isdisjoint(CHANGING)
+    def is_due(self, experience: Experience) -> bool:
+        """Whether to train on it: joint training leaves nothing for later ones, and a budget may be spent."""
+        untrained = len(experience.train) > 0 and not self.trained
+        return untrained and (self.inside or self.spending.affords(experience.index))
 
     @contextmanager
     def fitting(self, experience: Experience) -> Iterator[DataLoader]:
@@ -199,6 +202,7 @@ class Run:
 
     def finish(self) -> float:
         """Write artifacts and figures, print the table, return the objective."""
+        leaving.tell_cut(self.learner.ledger, self.tracker, self.progress.say)
         costs = self.cost.points()  # the figures are drawn after the run, and are no part of its peak
         for path, place in leaving.left_by(self, self.progress.say):
             self.tracker.artifact(path, place)
@@ -221,6 +225,7 @@ class Run:
     def _between_steps(self) -> None:
         """Between two optimizer steps a run may look at its past experiences, be saved, and stop."""
         step = self.trainer.global_step
+        self.spending.check(self.boundary, self.learner.batches)
         self.tracker.add(self.anytime.points(self.measured, step), step)
         if self.checkpoints.due() or stopping.asked():
             self._save(Moment(self.boundary, self.learner.batches))

@@ -30,7 +30,7 @@ TOP = {
     "seed",
     "strategy",
 }
-NODES = ("checkpoint", "eval")  # options without alternatives, so not groups
+NODES = ("checkpoint", "eval", "budget")  # options without alternatives, so not groups
 SEEDS = ("init", "order", "data")
 GIVEN = ("dim", "input_shape", "num_classes")
 """Parameters that the program gives to a factory, never the user."""

@@ -24,6 +24,7 @@ from cl_moe.layers.routers import Capacity, Router, Scores
 from cl_moe.measuring import Measuring
 from cl_moe.models import ContinualModel
 from cl_moe.optim import OptimizerSpec
+from cl_moe.spending import Budget
 from cl_moe.strategies import Strategy
 from cl_moe.stream import Stream
 from cl_moe.tracking.tracker import Tracker
@@ -31,7 +32,7 @@ from cl_moe.trainer import TrainerSpec
 
 PARTS: tuple[type, ...] = (
     *(Stream, ContinualModel, ExpertLayer, Router, Scores, Capacity, GrowthSchedule, FreezePolicy),
-    *(GrowthBudget, Retrieval, Strategy, OptimizerSpec, TrainerSpec, Tracker, Checkpoints, Measuring),
+    *(Budget, GrowthBudget, Retrieval, Strategy, OptimizerSpec, TrainerSpec, Tracker, Checkpoints, Measuring),
 )
 
 

@@ -45,7 +45,7 @@ class Seen:
         self.censuses: list[Census] = []
         self.first_batches: list[Tensor] = []
         self.operations: list[int] = []
-        look, add, note = foresight.census_of, Trace.add, Run.note_decision
+        look, add, note = foresight.census_of, Trace.add, foresight.tell_decision
 
         def looking(run: Run, e: object) -> Census:
             before, state = _bytes(run), torch.get_rng_state()
@@ -65,7 +65,7 @@ class Seen:
             return note(run, e)  # type: ignore[arg-type]
 
         patch.setattr(experiment, "census_of", looking)
-        patch.setattr(Run, "note_decision", noting)
+        patch.setattr(experiment, "tell_decision", noting)
         patch.setattr(Trace, "add", adding)
 
 

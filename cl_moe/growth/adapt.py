@@ -25,8 +25,8 @@ from cl_moe.models.inherit import inherit
 from cl_moe.seeds import seeded
 
 Event = dict[str, Any]
-NOTES = ("decide", "upcycle")
-"""Acts that change no shape: what a schedule decided, and weights that were filled."""
+NOTES = ("decide", "upcycle", "cut")
+"""Acts that change no shape: a schedule's decision, weights that were filled, a budget that was spent."""
 CHANGING = ("grow", "upcycle")
 """Acts after which a model may answer otherwise than before, at once."""
 
