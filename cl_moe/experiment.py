@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cl_moe.evaluation import evaluate, rewind
-from cl_moe.foresight import census_of, tell_decision
+from cl_moe.foresight import census_of, record_shock, tell_decision
 from cl_moe.growth.adapt import adapt
 from cl_moe.plasticity import observe
 from cl_moe.reading import read
@@ -40,7 +40,7 @@ def grow_and_freeze(run: Run, experience: Experience) -> None:
         learner.ledger += adapt(learner.model, census, run.growth, run.freeze, classes, run.seed_init)
     if tell_decision(run, experience):
         with learner.charges.account("diagnostics"):
-            run.record_shock(evaluate(run.trainer, learner, seen, run.spec.eval_batch_size))
+            record_shock(run, evaluate(run.trainer, learner, seen, run.spec.eval_batch_size))
 
 
 def fit(run: Run, experience: Experience) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cl_moe.anytime import untouched
 from cl_moe.batches import Order, padding_mask
+from cl_moe.evaluation import Evaluation
 from cl_moe.growth import Census, Looks
 from cl_moe.growth.adapt import CHANGING, take_census
 from cl_moe.learner import Learner
@@ -93,3 +94,11 @@ def tell_decision(run: Run, experience: Experience) -> bool:
     run.tracker.add(names.decision_points(measured, index), index)
     now = {event["act"] for event in measured.ledger if event["experience"] == index}
     return index > 0 and not now.isdisjoint(CHANGING)
+
+
+def record_shock(run: Run, after: Evaluation) -> None:
+    """Note how the mean score on the experiences seen jumped when the model was changed."""
+    seen = len(after.row)
+    shock = (after.row.mean() - run.measured.rows[-1][:seen].mean()).item()
+    run.measured.shocks[seen] = shock
+    run.tracker.add({"growth/shock": shock}, seen)

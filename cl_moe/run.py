@@ -178,14 +178,6 @@ class Run:
             yield loader
         self.inside, self.trained = False, True
 
-    def record_shock(self, after: Evaluation) -> None:
-        """Note how the mean score on the experiences seen jumped when the model grew."""
-        seen = len(after.row)
-        before = self.measured.rows[-1][:seen].mean()
-        shock = (after.row.mean() - before).item()
-        self.measured.shocks[seen] = shock
-        self.tracker.add({"growth/shock": shock}, seen)
-
     def close_boundary(self, evaluation: Evaluation) -> None:
         """Record a row, save a checkpoint that holds the unsent points, then send them."""
         measured, boundary = self.measured, len(self.measured.rows)

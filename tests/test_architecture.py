@@ -49,7 +49,7 @@ SIBLINGS: dict[tuple[str, str], str] = {
     **dict.fromkeys((("experiment", n) for n in ("run", "evaluation", "foresight")), "the loop drives it"),
     ("run", "evaluation"): "a run keeps what its evaluation returned",
     **dict.fromkeys((("foresight", "anytime"), ("spending", "anytime")), "they look and leave no trace"),
-    ("run", "spending"): "a run spends what it may",
+    **dict.fromkeys((("run", "spending"), ("foresight", "evaluation")), "what a run is told by and held to"),
     ("run", "cost"): "a run meters what it costs",
     ("run", "preflight"): "a run refuses what it would fail by",
     ("run", "ending"): "a run says how it ended",
