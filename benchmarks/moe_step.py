@@ -13,6 +13,7 @@ Repetitions are interleaved, so that a change of the machine's speed meets all c
 median of the repetitions' ratios. The exit status is 1 if one is over its limit.
 
     python benchmarks/moe_step.py [--repetitions 15] [--device cuda --dtype bfloat16]
+    python benchmarks/moe_step.py --threads 1 --clock cpu    # where other work runs beside it
 """
 
 from __future__ import annotations
@@ -30,16 +31,18 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cl_moe.layers import DenseFFN, MoE, TopK
+from cl_moe.optim import AdamW
 
 try:
     from mixture_of_experts import MoE as PublicMoE
 except ImportError:  # the extra is not installed
     PublicMoE = None
 
-WIDTH, HIDDEN, CHOICES, SEQUENCES, LENGTH, THREADS = 256, 512, 2, 8, 512, 2
+WIDTH, HIDDEN, CHOICES, SEQUENCES, LENGTH = 256, 512, 2, 8, 512
 SIZES, LIMITS = (8, 64), {8: 1.4, 64: 1.8}
 COHORTS, NEWBORNS = 10, 8
 FROZEN_LIMITS = {"something learns below": 0.75, "nothing learns below": 0.55}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Step = Callable[[], float]
 
 
@@ -50,17 +53,19 @@ class Setting(NamedTuple):
         tokens: (sequences, length, width), float32.
         dtype: of matrix products: float32, or bfloat16 by autocast.
         repetitions: of every step.
+        seconds: of the wall, or of the processor.
     """
 
     tokens: Tensor
     dtype: torch.dtype
     repetitions: int
+    seconds: Callable[[], float]
 
     def clock(self) -> float:
-        """Wall seconds, when all that was asked of the device is done."""
+        """Seconds, when all that was asked of the device is done."""
         if self.tokens.is_cuda:
             torch.cuda.synchronize(self.tokens.device)
-        return time.perf_counter()
+        return self.seconds()
 
     def autocast(self) -> torch.autocast:
         """Where forward passes run."""
@@ -143,9 +148,8 @@ def updates(optimizer: torch.optim.Optimizer, setting: Setting) -> Step:
 
 
 def adamw(layer: nn.Module) -> torch.optim.Optimizer:
-    """As ``optimizer=adamw`` has it, over what learns."""
-    learns = [p for p in layer.parameters() if p.requires_grad]
-    return torch.optim.AdamW(learns, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
+    """What ``optimizer=adamw`` makes, over what learns."""
+    return AdamW(lr=1e-4).build(layer.named_parameters())
 
 
 def interleaved(steps: Mapping[str, list[Step]], repetitions: int) -> dict[str, list[list[float]]]:
@@ -171,7 +175,9 @@ def coloured(text: str, bad: bool) -> str:
 
 def beside_dense(setting: Setting, console: Console) -> bool:
     """The first table; whether all ratios are within their limits."""
-    table = Table(title=f"forward + backward, {THREADS} threads, {setting.repetitions} repetitions: ms")
+    table = Table(
+        title=f"forward + backward, {torch.get_num_threads()} threads, {setting.repetitions} repetitions: ms"
+    )
     for column in ("experts", "", "median", "min", "max", "x dense", "at most", "optimizer", "cl-moe / it"):
         table.add_column(column, justify="left" if not column else "right")
     fine = True
@@ -259,11 +265,13 @@ def main(*words: str) -> int:
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     options = parser.parse_args(words)
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     tokens = torch.randn(SEQUENCES, LENGTH, WIDTH, device=options.device, requires_grad=True)
-    setting = Setting(tokens, getattr(torch, options.dtype), options.repetitions)
+    setting = Setting(tokens, getattr(torch, options.dtype), options.repetitions, CLOCKS[options.clock])
     console = Console(width=110)
     parts = [table(setting, console) for table in (beside_dense, frozen_beside_live)]
     return 0 if all(parts) else 1

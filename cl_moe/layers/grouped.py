@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+_PIECE = 1024  # rows to which biases are added at once: their copies stay in a processor's cache
+
 
 def grouped_linear(x_MI: Tensor, w_nIO: Tensor, b_nO: Tensor | None, start_n1: Tensor) -> Tensor:
     """(M, O): every row times its expert's matrix, plus its bias.
@@ -83,7 +85,9 @@ class _Linear(torch.autograd.Function):
         if b_nO is not None:
             expert_n = torch.arange(w_nIO.shape[0], device=x_MI.device)
             expert_M = expert_n.repeat_interleave(start_n1.diff(), output_size=num_rows)
-            out_MO += b_nO.index_select(0, expert_M)
+            piece = _PIECE if x_MI.is_cpu else num_rows
+            for out_mO, expert_m in zip(out_MO.split(piece), expert_M.split(piece), strict=True):
+                out_mO += b_nO.index_select(0, expert_m)
         return out_MO
 
     @staticmethod
