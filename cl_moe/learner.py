@@ -114,7 +114,7 @@ class Learner(LeanModule):
         self.batches, self._first_pass = 0, int(self.trainer.num_training_batches)
         self._balancing = {i: layer for i, layer in self.model.expert_layers.items() if layer.wants_load}
         if self._restart is None:
-            self.charges.forget(self.cost_varies())
+            self.charges.forget(self.cost_varies(training=True))
             self.online.reset()
             self.trace.open(self._first_pass)
         for strategy in self.strategies.values():
@@ -136,7 +136,7 @@ class Learner(LeanModule):
                     inputs, targets = strategy.batch(inputs, targets)
         mask = padding_mask(targets) if self.kind == "language" else None
         self.charges.examples += len(targets)
-        varies = mask is not None or bool(self._loss_hooks)
+        varies = mask is not None or any(strategy.cost_varies for strategy in self._loss_hooks)
         with self.charges.step("step", inputs, varies=varies, tokens=targets.numel()):
             return self._loss(inputs, targets, mask, num_new)
 
@@ -289,9 +289,14 @@ class Learner(LeanModule):
             if name in states:
                 strategy.load_state_dict(states[name])
 
-    def cost_varies(self) -> bool:
-        """Whether a pass of the model takes more or less for tensors of the same shapes."""
-        return any(getattr(part, "cost_varies", False) for part in self.model.modules())
+    def cost_varies(self, training: bool = False) -> bool:
+        """Whether a pass takes more or less for tensors of the same shapes.
+
+        With ``training`` also its way back: tokens of live experts have gradients that frozen ones' have not.
+        """
+        layers = self.model.expert_layers.values() if training else ()
+        partly = any(len(set(layer.frozen_cohorts)) > 1 for layer in layers)
+        return partly or any(getattr(part, "cost_varies", False) for part in self.model.modules())
 
     def _live_optimizer_state(self) -> OptimizerState:
         return state_by_name(self.trainer.optimizers[0], self.named_parameters())

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
 
 from cl_moe import checkpoint, launch, stopping
 from cl_moe.counting import charges
@@ -19,9 +20,11 @@ from cl_moe.errors import StopRequestedError
 from cl_moe.experiment import run_experiment
 from cl_moe.learner import Learner
 from cl_moe.run import Run
+from cl_moe.strategies.der import DER
 from cl_moe.strategies.naive import Naive
 from cl_moe.tracking import artifacts
 
+CONF = Path(__file__).parents[1] / "conf"
 MIB = 2**20
 BATCH, WIDTH = 64, 16
 SMALL = (
@@ -116,6 +119,21 @@ def test_frozen_cohorts_are_cheaper(run_of: Callable):
         assert frozen[f"cost/{key}"] == live[f"cost/{key}"], key
 
 
+def test_steps_beside_frozen_cohorts_are_counted_anew(run_of: Callable, monkeypatch: pytest.MonkeyPatch):
+    """How many tokens go to live experts, whose weights have gradients, changes from step to step."""
+    asked: list[tuple[str, bool]] = []
+    forget = charges.Charges.forget
+
+    def noting(self: charges.Charges, varies: bool) -> None:
+        asked.append((self._account, varies))
+        forget(self, varies)
+
+    monkeypatch.setattr(charges.Charges, "forget", noting)
+    run_of(*MOE, *GROW)
+    assert [varies for account, varies in asked if account == "train"] == [False, True]
+    assert {varies for account, varies in asked if account != "train"} == {False}
+
+
 def test_bytes_and_parameters(run_of: Callable):
     run = run_of("optimizer=adamw", "strategy=[replay,lwf]", "strategy.replay.memory_size=50")
     points, model = run.cost.points(), run.learner.model
@@ -196,3 +214,29 @@ def test_a_runs_peak_is_its_own(run_of: Callable, monkeypatch: pytest.MonkeyPatc
     assert 150 * MIB < large - before < 250 * MIB
     assert after < 100 * MIB
     assert run_of(name="large").cost.points()["cost/peak_memory_bytes"] >= large  # over all its processes
+
+
+def fixed_strategies() -> list[str]:
+    """Of every YAML whose class says that its terms take the same for batches of the same shapes."""
+    targets = {path.stem: OmegaConf.load(path) for path in sorted((CONF / "strategy").glob("*.yaml"))}
+    classes = {name: get_class(leaf["_target_"]) for name, leaf in targets.items()}
+    return [name for name, found in classes.items() if not found.cost_varies]
+
+
+@pytest.mark.parametrize("name", fixed_strategies())
+def test_terms_that_do_not_vary_cost_as_if_every_step_were_counted(
+    name: str, run_of: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    words = (f"strategy={name}", *(MOE + GROW[:-1] if name == "lifelong_moe" else ()))
+    words += (f"strategy.{name}.samples=8",) if name in ("ewc", "mas") else ()
+    quick = run_of(*words, name="quick").cost.points()["cost/train_flops"]
+    monkeypatch.setattr(charges.Charges, "_is_due", lambda *words: True)
+    assert run_of(*words, name="counted").cost.points()["cost/train_flops"] == quick > 0
+
+
+def test_a_class_that_claims_wrongly_is_found_out(run_of: Callable, monkeypatch: pytest.MonkeyPatch):
+    """Shown a strategy whose terms vary and that says they do not."""
+    monkeypatch.setattr(DER, "cost_varies", False)
+    quick = run_of("strategy=der", name="quick").cost.points()["cost/train_flops"]
+    monkeypatch.setattr(charges.Charges, "_is_due", lambda *words: True)
+    assert run_of("strategy=der", name="counted").cost.points()["cost/train_flops"] != quick

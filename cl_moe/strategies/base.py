@@ -109,10 +109,13 @@ class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothin
             take is counted then, which is slow where there is nothing to count.
         takes_rows: whether ``gradients`` can work on a table's gradient of rows (``layers/tables.py``); else
             it is given a dense one.
+        cost_varies: whether ``loss`` may take more or less operations for batches of the same shapes, in one
+            experience and with a model that does not: some of its steps are counted anew then (``Charges``).
     """
 
     computes: bool = True
     takes_rows: bool = False
+    cost_varies: bool = True
 
     def check(self, setting: Setting) -> None:
         """Refuse, before anything is trained, a run that this strategy cannot serve.

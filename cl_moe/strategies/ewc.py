@@ -41,6 +41,8 @@ class EWC(Strategy):
             sequence, and its log-likelihood the mean over its tokens.
     """
 
+    cost_varies = False
+
     def __init__(
         self,
         strength: float = 100.0,

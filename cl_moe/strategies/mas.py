@@ -32,6 +32,8 @@ class MAS(Strategy):
             sequence, and its squared norm the mean over its tokens.
     """
 
+    cost_varies = False
+
     def __init__(self, strength: float = 0.1, samples: int | None = None) -> None:
         check_weight(strength, "strategy.mas.strength")
         check_samples(samples, "strategy.mas.samples")

@@ -31,6 +31,8 @@ class SI(Strategy):
         damping: xi, above 0.
     """
 
+    cost_varies = False
+
     def __init__(self, strength: float = 1.0, damping: float = 0.1) -> None:
         check_weight(strength, "strategy.si.strength")
         check_weight(damping, "strategy.si.damping", above=True)

@@ -126,6 +126,8 @@ class DistillingStrategy(Strategy):
         temperature: T; the term is ``T^2 * KL(teacher || student)`` of distributions softened by T.
     """
 
+    cost_varies = False  # the model's, where its own varies
+
     def __init__(self, strength: float, temperature: float) -> None:
         self.strength, self.temperature = strength, temperature
         self.teacher = Teacher()

@@ -54,7 +54,7 @@ def test_differences_without_an_interval() -> None:
 
 
 def test_the_interval_that_is_shown() -> None:
-    ours, zero = {(0, s): s**2 + 1.0 for s in range(5)}, {(0, s): 0.0 for s in range(5)}
+    ours, zero = {(0, s): s**2 + 1.0 for s in range(8)}, {(0, s): 0.0 for s in range(8)}
     boot, student = (contrast(ours, zero, Inference(interval=kind)) for kind in ("bootstrap", "t"))
     assert boot.shown == boot.bootstrap == student.bootstrap
     assert student.shown == student.student == boot.student
@@ -64,7 +64,7 @@ def test_the_interval_that_is_shown() -> None:
 
 @pytest.mark.parametrize("places", [
     [(0, s) for s in range(4)], [(k, k) for k in range(4)], [(o, s) for o in range(2) for s in range(7)],
-    [(o, s) for o in range(5) for s in range(4)], [(0, 0)],
+    [(o, s) for o in range(8) for s in range(7)], [(0, 0)],
 ])  # fmt: skip
 def test_of_few_levels_students_interval_is_shown(places: list[tuple[int, int]]) -> None:
     ours = {(o, s): o**2 + math.sin(s) for o, s in places}

@@ -79,8 +79,10 @@ def _tabular(one: Comparison, how: Inference) -> str:
     heads += [f"difference from {against}", "$p$ (Holm)"]
     rows = [" & ".join(_cells(one, row, keys)) + r" \\" for row in one.rows]
     about = f"% {one.stream}: mean ± standard deviation over n runs; difference in {one.metric} with its "
-    about += f"{interval_words([one], how)} and the number of pairs; p of the sign-flip test, the larger of "
-    about += "those of orders and of seeds, Holm over arms."
+    about += (
+        f"{interval_words([one], how)} and the number of pairs; p of the sign-flip test, Student's where "
+    )
+    about += "orders and seeds cross, Holm over arms."
     return "\n".join(
         [
             about.replace("\n", " "),

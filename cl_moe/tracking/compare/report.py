@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 _NAN = float("nan")
 _HOW = """Means over the runs of an arm, ± one standard deviation; the best of a column is bold. A
 difference is the mean over pairs of runs with the same seeds and order of experiences, with its {interval}.
-p: paired sign-flip permutation test, two-sided, of the means of orders and of the means of seeds, the larger
-of the two, since runs that share an order or a seed are not independent; p Holm: adjusted for the number of
-arms. Order, seed, rest: standard deviations of a two-way random-effects model."""
+p, two-sided: paired sign-flip permutation test; where several orders and seeds cross, that of Student's
+interval over both, since runs that share an order or a seed are not independent; p Holm: adjusted for the
+number of arms. Order, seed, rest: standard deviations of a two-way random-effects model."""
 
 
 class Cell(NamedTuple):
@@ -128,7 +128,10 @@ def _table(one: Comparison, match: Match | None) -> str:
     keys = list(one.rows[0].metrics)
     shown = [(head(key), f"{key}: {'lower' if lower_is_better(key) else 'higher'} is better") for key in keys]
     sure = [(f"difference in {head(one.metric)}", f"minus {one.baseline}"), ("interval (pairs)", "")]
-    sure += [("p", "sign-flip permutation test"), ("p Holm", "adjusted for the number of arms")]
+    sure += [
+        ("p", "sign-flip permutation test; of orders and seeds that cross, Student's"),
+        ("p Holm", "adjusted for the number of arms"),
+    ]
     spread = [(name, f"standard deviation of {one.metric}") for name in ("order", "seed", "rest")]
     heads = [("arm", ""), ("runs", ""), ("orders", ""), *shown[:1], *sure, *shown[1:], *spread]
     heads.append(("worst order", f"{one.metric} of the order with the worst mean"))

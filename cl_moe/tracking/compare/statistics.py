@@ -15,7 +15,7 @@ from cl_moe.errors import InputError
 Cells = Mapping[Any, float]
 """``{(order, seed): value}``, orders and seeds of whatever kind that can be hashed."""
 
-FEW_PAIRS = 5
+FEW_PAIRS = 8
 """Below so many pairs, orders or seeds a bootstrap is too narrow, and Student's interval is shown."""
 _EXACT = 16  # so many pairs have 65,536 signs: all are tried
 
@@ -74,7 +74,7 @@ class Contrast(NamedTuple):
         shown: the interval that tables show, one of the next two; NaN for a single pair.
         bootstrap: ``bootstrap_interval``.
         student: ``student_interval``.
-        p: two-sided, of ``sign_flip_test`` on ``level_means``, the larger one of two axes.
+        p: two-sided: of ``sign_flip_test``, or, where orders and seeds cross, of ``student_interval``.
         p_holm: the same, adjusted for the number of arms by ``holm``.
         levels: of the axis that has fewer, orders or seeds; P where they do not cross.
         resampled: ``shown`` is the bootstrap.
@@ -113,9 +113,9 @@ def spread(values: Sequence[float]) -> Spread:
 def contrast(ours: Cells, baseline: Cells, how: Inference) -> Contrast:
     """Ours minus baseline over the (order, seed) that both have; ``p_holm`` is ``p`` as yet.
 
-    Of a grid, each axis alone leaves out the variance of the other. Where both vary alike, and neither has
-    fewer than seven levels, p is therefore too small: at .05, 8 x 8 equal arms are told apart in .08 of the
-    samples, 14 x 14 in .11, never in more than a sixth. The intervals hold both variances: there, trust them.
+    Of a grid, signs of one axis alone leave out the variance of the other (where both vary alike, 14 x 14
+    equal arms would be told apart in .11 of the samples), so p is that of Student's interval, which holds
+    both: at .05, equal arms are told apart in at most .05 of the samples from 2 x 2 to 14 x 14.
 
     >>> contrast({(0, 1): 3.0, (0, 2): 4.0, (0, 3): 9.0}, {(0, 1): 2.0, (0, 2): 3.0}, Inference())[:3]
     (1.0, 2, Interval(low=1.0, high=1.0))
@@ -123,8 +123,8 @@ def contrast(ours: Cells, baseline: Cells, how: Inference) -> Contrast:
     cells = {pair: value - baseline[pair] for pair, value in ours.items() if pair in baseline}
     axes = level_means(cells)
     levels = min(map(len, axes))
+    p = sign_flip_test(axes[0], how.resamples, how.seed) if len(axes) == 1 else student_p(cells)
     bootstrap, student = bootstrap_interval(cells, how), student_interval(cells, how.confidence)
-    p = max(sign_flip_test(axis, how.resamples, how.seed) for axis in axes)
     resampled = how.interval == "bootstrap" and levels >= FEW_PAIRS
     shown = bootstrap if resampled else student
     mean = spread(list(cells.values())).mean
@@ -170,10 +170,27 @@ def student_interval(cells: Cells, confidence: float = 0.95) -> Interval:
     mean, _, count = spread(list(cells.values()))
     if count < 2:
         return _NOTHING
-    spreads = [spread(axis) for axis in level_means(cells)]
-    halves = [_t_quantile(num, confidence) * std / num**0.5 for _, std, num in spreads]
-    half = float(np.hypot.reduce(halves))
+    half = _half_width([spread(axis) for axis in level_means(cells)], confidence)
     return Interval(mean - half, mean + half)
+
+
+def student_p(cells: Cells) -> float:
+    """Two-sided p of a mean of 0: one minus the confidence at which ``student_interval`` ends at 0.
+
+    Where orders and seeds do not cross, that of a paired t test.
+
+    >>> round(student_p({(0, 1): 1.0, (0, 2): 3.0, (0, 3): 2.0}), 4)
+    0.0742
+    """
+    mean, _, count = spread(list(cells.values()))
+    if count < 2:
+        return float("nan")
+    spreads = [spread(axis) for axis in level_means(cells)]
+    low, high = 0.0, 1.0
+    for _ in range(52):  # so many bits has 1 - p
+        p = (low + high) / 2
+        low, high = (p, high) if _half_width(spreads, 1 - p) >= abs(mean) else (low, p)
+    return high
 
 
 def bootstrap_interval(cells: Cells, how: Inference) -> Interval:
@@ -273,6 +290,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def _counts(draw: np.random.Generator, resamples: int, levels: int) -> np.ndarray:
     """How often each level is drawn, (B, levels); an axis of one level stays as it is."""
     return draw.multinomial(levels, np.full(levels, 1 / levels), resamples).astype(np.float64)
+
+
+def _half_width(spreads: Sequence[Spread], confidence: float) -> float:
+    """Root of the sum of the squared half widths of t tests on several axes."""
+    halves = (_t_quantile(num, confidence) * std / num**0.5 if std else 0.0 for _, std, num in spreads)
+    return float(np.hypot.reduce(list(halves)))
 
 
 def _t_quantile(count: int, confidence: float) -> float:
