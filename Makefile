@@ -14,7 +14,7 @@ ifneq ($(STAMPED),$(CURDIR))
 FRESH = fresh
 endif
 
-.PHONY: help demo test test-all check format chaos pictures bench gpu-check clean fresh
+.PHONY: help demo test test-all check format chaos pictures results bench gpu-check clean fresh
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' Makefile | expand -t 12
@@ -49,6 +49,9 @@ chaos: $(STAMP) ## kill a run 20 times at random moments, resume it each time, c
 pictures: $(STAMP) ## the README's pictures, of the runs that make demo left; needs Chromium
 	$(VENV)/bin/cl-moe-compare --experiment demo --baseline naive
 	$(PY) tests/pictures.py demo
+
+results: $(STAMP) ## the experiments that claim something, resumable, into docs/RESULTS.md; ONLY=... names some
+	$(PY) benchmarks/results.py $(ONLY)
 
 bench: $(VENV)/.bench ## speed and memory, as ratios
 	$(PY) benchmarks/moe_step.py

@@ -290,12 +290,9 @@ class Learner(LeanModule):
                 strategy.load_state_dict(states[name])
 
     def cost_varies(self, training: bool = False) -> bool:
-        """Whether a pass takes more or less for tensors of the same shapes.
-
-        With ``training`` also its way back: tokens of live experts have gradients that frozen ones' have not.
-        """
+        """Whether a pass (``training``: and its way back) takes more or less for tensors of the same shapes."""
         layers = self.model.expert_layers.values() if training else ()
-        partly = any(len(set(layer.frozen_cohorts)) > 1 for layer in layers)
+        partly = any(len(set(layer.frozen_cohorts)) > 1 for layer in layers)  # live experts have gradients
         return partly or any(getattr(part, "cost_varies", False) for part in self.model.modules())
 
     def _live_optimizer_state(self) -> OptimizerState:

@@ -156,7 +156,7 @@ def _weak(one: Comparison) -> list[str]:
     if any(row.difference is not None and row.difference.pairs and row.difference.few for row in one.rows):
         notes.append(
             f"~: Student's interval, since fewer than {FEW_PAIRS} pairs (or orders, or seeds) are too few "
-            "for a bootstrap; of fewer than 6, p cannot be under .05."
+            "for a bootstrap; p of fewer than 6 pairs that do not cross cannot be under .05."
         )
     clipped = [f"{row.arm} ({' '.join(row.variance.clipped)})" for row in one.rows if row.variance.clipped]
     if clipped:
