@@ -166,7 +166,7 @@ def test_which_interval_at_which_level(tmp_path: Path) -> None:
     for said in intervals(3, FEW, tmp_path):
         assert "95% interval (Student" in said.replace("&#x27;", "'")
         assert "resamples" not in said
-    for said in intervals(6, FEW._replace(confidence=0.9), tmp_path):
+    for said in intervals(8, FEW._replace(confidence=0.9), tmp_path):
         assert "90% interval (bootstrap over orders and seeds, 500 resamples)" in said
 
 

@@ -57,7 +57,9 @@ def new_figure(width: float, height: float) -> Figure:
 def save(figure: Figure, path: Path) -> Path:
     """Write a PNG, or an SVG if its name ends so, whole or not at all; the same figure, the same bytes."""
     content, kind = BytesIO(), path.suffix.removeprefix(".") or "png"
-    if (layout := figure.get_layout_engine()) is not None:  # savefig would draw all once more for it
+    if (
+        figure.axes and (layout := figure.get_layout_engine()) is not None
+    ):  # savefig would draw all once more for it
         layout.execute(figure)
         figure.set_layout_engine("none")
     # an SVG has random ids and the date in it, unless it is told not to
