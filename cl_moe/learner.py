@@ -290,7 +290,7 @@ class Learner(LeanModule):
                 strategy.load_state_dict(states[name])
 
     def cost_varies(self, training: bool = False) -> bool:
-        """Whether a pass (``training``: and its way back) takes more or less for tensors of the same shapes."""
+        """Whether a pass (``training``: and the way back) varies in cost for tensors of the same shapes."""
         layers = self.model.expert_layers.values() if training else ()
         partly = any(len(set(layer.frozen_cohorts)) > 1 for layer in layers)  # live experts have gradients
         return partly or any(getattr(part, "cost_varies", False) for part in self.model.modules())
