@@ -113,9 +113,8 @@ def spread(values: Sequence[float]) -> Spread:
 def contrast(ours: Cells, baseline: Cells, how: Inference) -> Contrast:
     """Ours minus baseline over the (order, seed) that both have; ``p_holm`` is ``p`` as yet.
 
-    Of a grid, signs of one axis alone leave out the variance of the other (where both vary alike, 14 x 14
-    equal arms would be told apart in .11 of the samples), so p is that of Student's interval, which holds
-    both: at .05, equal arms are told apart in at most .05 of the samples from 2 x 2 to 14 x 14.
+    Of a grid, signs of one axis leave out the variance of the other (at .05, 14 x 14 equal arms would be told
+    apart in .11 of the samples), so p is Student's, which holds both: at most .05 from 2 x 2 to 14 x 14.
 
     >>> contrast({(0, 1): 3.0, (0, 2): 4.0, (0, 3): 9.0}, {(0, 1): 2.0, (0, 2): 3.0}, Inference())[:3]
     (1.0, 2, Interval(low=1.0, high=1.0))
@@ -155,14 +154,10 @@ def student_interval(cells: Cells, confidence: float = 0.95) -> Interval:
     """Student's interval of the mean over cells (order, seed): takes levels' means for normal; needs two.
 
     Where orders and seeds do not cross, that of a paired t test. Where they do, each axis gives the half
-    width of a t test on its ``level_means``, and the root of the sum of the two squares is taken: each alone
-    leaves out the variance of the other axis. What is left beside both is counted twice, so it errs to the
-    wide side (as two-way clustering without its third term: Cameron, Gelbach & Miller 2011, "Robust
-    Inference With Multiway Clustering", Journal of Business & Economic Statistics 29(2), section 2).
-
-    Args:
-        cells: of differences.
-        confidence: 0 < c < 1.
+    width of a t test on its ``level_means``, and the root of the sum of the two squares is taken. What is
+    left beside both is counted twice, so it errs to the wide side (as two-way clustering without its third
+    term: Cameron, Gelbach & Miller 2011, "Robust Inference With Multiway Clustering", Journal of Business &
+    Economic Statistics 29(2), section 2).
 
     >>> student_interval({(0, 1): 1.0, (0, 2): 1.0})
     Interval(low=1.0, high=1.0)
