@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from cl_moe.seeds import generator
-from cl_moe.stream import IGNORE
+from cl_moe.stream import IGNORE, Streamed
 
 
 class Order(Sampler[Tensor]):
@@ -20,10 +20,17 @@ class Order(Sampler[Tensor]):
 
     Attributes:
         skip: batches that the next pass, and only that one, leaves out: they were trained before a restart.
+        block: rows among which an order is drawn, block after block; None: among all.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, shuffle: tuple[int, int] | None = None) -> None:
-        self.num_rows, self.batch_size, self.shuffle = num_rows, batch_size, shuffle
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        shuffle: tuple[int, int] | None = None,
+        block: int | None = None,
+    ) -> None:
+        self.num_rows, self.batch_size, self.shuffle, self.block = num_rows, batch_size, shuffle, block
         self.epoch, self.skip = 0, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -38,6 +45,9 @@ class Order(Sampler[Tensor]):
         return -(-self.num_rows // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
+        if self.block is not None:
+            skip, self.skip = self.skip, 0
+            return self._by_blocks(self.block, skip)
         if self.shuffle is None:
             rows = torch.arange(self.num_rows)
         else:
@@ -47,10 +57,31 @@ class Order(Sampler[Tensor]):
         skip, self.skip = self.skip, 0
         return iter(rows.split(self.batch_size)[skip:])
 
+    def _by_blocks(self, block: int, skip: int) -> Iterator[Tensor]:
+        """Batches of rows, of which no more than two blocks are in question at a time."""
+        assert self.shuffle is not None
+        begin = skip * self.batch_size
+        waiting, behind = torch.empty(0, dtype=torch.int64), begin % block
+        for first in range(begin - behind, self.num_rows, block):
+            draw = generator(*self.shuffle, "order", self.epoch, first // block)
+            order = first + torch.randperm(min(block, self.num_rows - first), generator=draw)
+            waiting, behind = torch.cat([waiting, order[behind:]]), 0
+            whole = len(waiting) - len(waiting) % self.batch_size
+            yield from waiting[:whole].split(self.batch_size) if whole else ()
+            waiting = waiting[whole:]
+        if len(waiting):
+            yield waiting
+
 
 def training_loader(data: TensorDataset, batch_size: int, seed: int, experience: int) -> DataLoader:
     """Every row once per epoch, shuffled by (seed, experience, epoch)."""
-    return _loader(data, Order(len(data), batch_size, (seed, experience)))
+    return _loader(data, order_of(data, batch_size, seed, experience))
+
+
+def order_of(data: TensorDataset, batch_size: int, seed: int, experience: int) -> Order:
+    """The order of a training loader; of data that are streamed, drawn within blocks."""
+    block = data.block if isinstance(data, Streamed) else None
+    return Order(len(data), batch_size, (seed, experience), block)
 
 
 def evaluation_loader(data: TensorDataset, batch_size: int) -> DataLoader:

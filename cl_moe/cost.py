@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from cl_moe.learner import Learner
 from cl_moe.measuring import Past
 from cl_moe.memory import PeakMemory, optimizer_bytes, storage_bytes
-from cl_moe.stream import IGNORE, Experience
+from cl_moe.stream import IGNORE, Experience, Streamed
 
 _LOADED_LATE = ("pyarrow.dataset", "pyarrow.parquet", "torch.profiler", "torch.utils.serialization")
 """Libraries that the first row, fit or checkpoint of a process would load, and its later ones find."""
+
+
+def _held(data: TensorDataset) -> Sequence[Tensor]:
+    """Tensors that a data set holds in memory."""
+    return () if isinstance(data, Streamed) else data.tensors
+
+
+def num_targets(data: TensorDataset) -> int:
+    """Real target positions; in classification examples."""
+    if isinstance(data, Streamed):
+        return int(data.summary.get("train_tokens", len(data)))
+    return int((data.tensors[1] != IGNORE).sum())
 
 
 class CostMeter:
@@ -42,7 +55,7 @@ class CostMeter:
         """
         for name in _LOADED_LATE:
             import_module(name)
-        data = [t for e in experiences for part in (e.train, e.test) for t in part.tensors]
+        data = [t for e in experiences for part in (e.train, e.test) for t in _held(part)]
         self.peak.start(storage_bytes([*data, *self.learner.model.state_dict().values()]))
 
     @contextmanager
@@ -51,7 +64,7 @@ class CostMeter:
         with self.learner.charges.account("train"):
             yield
         self._optimizer_bytes = optimizer_bytes(self.learner.trainer.optimizers)
-        self.tokens += epochs * int((experience.train.tensors[1] != IGNORE).sum())
+        self.tokens += epochs * num_targets(experience.train)
         self._trained = self._state()
 
     def points(self) -> dict[str, float]:

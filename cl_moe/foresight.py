@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cl_moe.anytime import untouched
-from cl_moe.batches import Order, padding_mask
+from cl_moe.batches import order_of, padding_mask
 from cl_moe.evaluation import Evaluation
 from cl_moe.growth import Census, Looks
 from cl_moe.growth.adapt import CHANGING, take_census
@@ -61,14 +61,14 @@ def first_losses(run: Run, experience: Experience, looks: Looks) -> Tensor:
         looks: how many examples.
     """
     learner, precision, found = run.learner, run.trainer.precision_plugin, list[Tensor]()
-    order = Order(len(experience.train), run.spec.batch_size, (run.seed_data, experience.index))
+    order = order_of(experience.train, run.spec.batch_size, run.seed_data, experience.index)
     assert run.trainer.fit_loop.max_epochs is not None
     order.set_epoch(run.trainer.fit_loop.max_epochs)  # that of the pass to come
     rows = torch.cat(list(order))[: looks.samples]
     learner.place_classes()
     with untouched(learner), precision.test_step_context():
         for number, part in enumerate(rows.split(run.spec.eval_batch_size)):
-            batch = tuple(tensor[part].to(learner.device) for tensor in experience.train.tensors)
+            batch = tuple(tensor.to(learner.device) for tensor in experience.train[part])
             inputs, targets = precision.convert_input(batch)
             found.append(_losses(learner, inputs, targets, run.seed_data, experience.index, number))
     losses = torch.cat(found)

@@ -22,7 +22,7 @@ from cl_moe.models import ContinualModel
 from cl_moe.plasticity import expected_points
 from cl_moe.strategies import Strategy
 from cl_moe.strategies.base import only_one
-from cl_moe.stream import Stream
+from cl_moe.stream import Stream, Streamed
 from cl_moe.tracking import diagnostics, inside, names
 from cl_moe.tracking.record import Record
 
@@ -36,13 +36,14 @@ def training_view(stream: Stream, strategies: Mapping[str, Strategy]) -> Stream:
     return changing.view(stream) if changing else stream
 
 
-def check_fit(stream: Stream, model: ContinualModel, epochs: int) -> None:
+def check_fit(stream: Stream, model: ContinualModel, epochs: int, strategies: Mapping[str, Strategy]) -> None:
     """Refuse a model with fewer tokens than the stream has, and epochs of which the stream allows one.
 
     Args:
         stream: as evaluated.
         model: that is to learn it.
         epochs: passes over each experience.
+        strategies: by name.
     """
     table = getattr(model, "tokens", None)
     if (
@@ -60,6 +61,14 @@ def check_fit(stream: Stream, model: ContinualModel, epochs: int) -> None:
             got="held-out texts for a model that does not predict the next token",
             allowed="model=decoder or model=hugging_face; or no held-out texts",
             key="stream.held_out (or model)",
+        )
+    unable = [name for name, strategy in strategies.items() if not strategy.reads_batches]
+    if unable and any(isinstance(experience.train, Streamed) for experience in stream):
+        raise InputError(
+            got=f"strategy={unable[0]}, which goes through an experience's data by itself, on a streamed one",
+            allowed="a strategy that reads batches (naive, replay, lwf, lifelong_moe, si, ...), or "
+            "stream.streaming=false",
+            key="strategy (or stream.streaming)",
         )
     if stream.online and epochs != 1:
         raise InputError(
@@ -155,7 +164,11 @@ def fingerprint(stream: Stream, learner: Learner) -> dict[str, object]:
     """What a checkpoint must share with a fresh run that is to load it: plain Python."""
     shapes = {name: list(value.shape) for name, value in learner.model.state_dict().items()}
     sums = lru_cache(maxsize=None)(_checksum)  # experiences may share their test data
-    data = [[e.name, *(sums(part) for part in (*e.train.tensors, *e.test.tensors))] for e in stream]
+    train = [
+        [e.train.checksum] if isinstance(e.train, Streamed) else [sums(t) for t in e.train.tensors]
+        for e in stream
+    ]
+    data = [[e.name, *own, *map(sums, e.test.tensors)] for e, own in zip(stream, train, strict=True)]
     return {"stream": [stream.name, *data], "model": shapes}
 
 

@@ -88,7 +88,7 @@ class Run:
     def __post_init__(self) -> None:
         self.growth.check(self.stream.horizon)
         check_growth(self.learner.model, self.growth, self.stream.horizon)
-        preflight.check_fit(self.stream, self.learner.model, self.spec.epochs)
+        preflight.check_fit(self.stream, self.learner.model, self.spec.epochs, self.learner.strategies)
         preflight.check_objective(self.objective, self.stream, self.learner, self.measuring)
         self.training_stream = preflight.training_view(self.stream, self.learner.strategies)
         preflight.check_learning(self.stream, self.training_stream, self.growth, self.freeze)

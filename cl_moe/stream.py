@@ -6,9 +6,9 @@ one ``index_select``. Builders live in ``tasks/``; this file knows no data set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -46,6 +46,66 @@ class Experience:
     test: TensorDataset
     classes: tuple[int, ...] = ()
     task_label: int | None = None
+
+
+class Streamed(TensorDataset):
+    """Training data that are read while they are learnt: a few blocks in memory, the newest asked for.
+
+    Args:
+        num_rows: n, known before anything is read.
+        block: rows of each block but the last.
+        read: gives the tensors of a block.
+        checksum: of all of it.
+        summary: what a description says: ``{"train_tokens": n}``, or ``{"train_classes": {class: n}}``.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        block: int,
+        read: Callable[[int], tuple[Tensor, ...]],
+        checksum: int,
+        summary: Mapping[str, Any],
+    ) -> None:
+        self.num_rows, self.block, self.read = num_rows, block, read
+        self.checksum, self.summary = checksum, dict(summary)
+        self._held: dict[int, tuple[Tensor, ...]] = {}
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Not there.
+
+        Raises:
+            InputError: always: whoever asks would hold all of it.
+        """
+        raise InputError(
+            got="all rows at once of data that are streamed",
+            allowed="stream.streaming=false; or no cut, no shape but online, a strategy that reads batches",
+            key="stream.streaming (or strategy, stream.cut, stream.shape)",
+        )
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The rows with these numbers, of as many blocks as they lie in."""
+        blocks = (rows // self.block).tolist()
+        wanted = sorted(set(blocks))
+        self._held = {b: self._held[b] if b in self._held else self.read(b) for b in wanted}
+        picked = [self._held[b] for b in blocks]
+        places = (rows % self.block).tolist()
+        columns = range(len(picked[0]))
+        return tuple(
+            torch.stack([held[c][place] for held, place in zip(picked, places, strict=True)]) for c in columns
+        )
+
+
+def chunks(data: TensorDataset) -> Iterator[tuple[Tensor, ...]]:
+    """All rows, in order: at once, or block by block where they are streamed; nothing of no rows."""
+    if isinstance(data, Streamed):
+        yield from (data.read(block) for block in range(-(-len(data) // data.block)))
+    elif len(data):
+        yield data.tensors
 
 
 @dataclass(frozen=True)

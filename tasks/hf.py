@@ -14,6 +14,7 @@ from cl_moe.stream import Experience, Scenario, Stream
 from tasks.arrange import arrange, finish, whole
 from tasks.held_out import Options, held_out_texts
 from tasks.labelled import Labelled, by_classes, by_domains, group_size, known_scenario
+from tasks.streamed import How, streamed
 from tasks.tables import Columns, Source, Split
 from tasks.tokens import BytePairs, Bytes, check_tokenizer, padded, tokenizer_of, windows
 
@@ -50,6 +51,8 @@ def hf(
     cut: int = 1,
     tune_on_first: int | None = None,
     shape: Mapping[str, object] | None = None,
+    streaming: bool = False,
+    block: int = 1024,
     data_seed: int = 0,
 ) -> Stream:
     """Experiences by a column of domains, or by groups of classes.
@@ -74,6 +77,10 @@ def hf(
         cut: how many shorter experiences each is cut into.
         tune_on_first: keep only so many, for choosing hyperparameters; ``num_classes`` stays.
         shape: the shape of time; see ``tasks.shapes.Shape``.
+        streaming: whether texts to learn from are read while they are learnt, two blocks in memory. Their
+            order is drawn within blocks, which come one after the other. Nothing that needs all rows at once
+            goes with it.
+        block: rows (windows) of a block.
         data_seed: draws a test set where ``source.test_share`` asks for one, and what ``cut`` and ``shape``
             draw.
 
@@ -82,6 +89,13 @@ def hf(
     """
     setting, meaning = known_scenario(scenario), Columns.of(columns)
     reading = Reading(whole(context, "stream.context", 1), truncate, check_tokenizer(tokenizer))
+    if streaming:
+        how = How(reading.context, truncate, reading.vocab_size, whole(block, "stream.block", 1))
+        arranging = partial(arrange, order=order, seed=seed)
+        if meaning.label is None and (setting != "domain" or classes_per_experience is not None):
+            _refuse_language(setting, classes_per_experience)
+        made = streamed(Source.of(source), meaning, setting, classes_per_experience, how, arranging, held_out)
+        return finish(made, tune_on_first, cut, data_seed, shape)
     both = Source.of(source).splits(meaning, whole(data_seed, "seed.data"))
     arrange_names = partial(arrange, order=order, seed=seed)
     if meaning.label is None:
@@ -136,11 +150,15 @@ def _classes(both: Both) -> tuple[str, ...]:
 
 def _check_language(split: Split, scenario: str, per: int | None) -> None:
     if split.numbers is not None or scenario != "domain" or per is not None:
-        raise InputError(
-            got=f"no column of labels, scenario {scenario!r}, classes_per_experience={per!r}",
-            allowed="a column of labels; or a column of texts in scenario domain, for a language model",
-            key="stream.columns.label",
-        )
+        _refuse_language(scenario, per)
+
+
+def _refuse_language(scenario: str, per: int | None) -> None:
+    raise InputError(
+        got=f"no column of labels, scenario {scenario!r}, classes_per_experience={per!r}",
+        allowed="a column of labels; or a column of texts in scenario domain, for a language model",
+        key="stream.columns.label",
+    )
 
 
 def _domains(both: Both) -> list[str]:

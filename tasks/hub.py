@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ _FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json"
 _FORMATS |= {".txt": "text", ".arrow": "arrow"}
 
 
-def from_hub(name: str, config: str | None, local: str, key: str) -> Mapping[str, Any]:
+def from_hub(
+    name: str, config: str | None, local: str, key: str, streaming: bool = False
+) -> Mapping[str, Any]:
     """The splits of a data set on the hub, by name; from the library's cache where the hub is away.
 
     Args:
@@ -33,6 +35,7 @@ def from_hub(name: str, config: str | None, local: str, key: str) -> Mapping[str
         config: one of several versions; None for the only one.
         local: for the error: how to do without the hub.
         key: the configuration key that named it.
+        streaming: whether rows are to come as they are read.
 
     Raises:
         InputError: the hub cannot be reached (told at once, not after the library's five attempts), or has no
@@ -57,7 +60,7 @@ def from_hub(name: str, config: str | None, local: str, key: str) -> Mapping[str
             online, why = False, f"the hub cannot be reached: {_first_line(error)}"
     with quiet(), _hub_is(online):
         try:
-            return datasets.load_dataset(name, config)
+            return datasets.load_dataset(name, config, streaming=streaming)
         except Exception as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise
@@ -114,6 +117,46 @@ def from_files(paths: Sequence[Path], key: str) -> Any:
             key=key,
         )
     return datasets.concatenate_datasets(tables)
+
+
+def stream_files(paths: Sequence[Path], key: str) -> Callable[[], Any]:
+    """What opens local files of one format as an iterable data set, row by row in their order.
+
+    Raises:
+        InputError: several formats, or one that is not streamed.
+    """
+    import datasets
+
+    kinds = {_format(path, key) for path in paths}
+    if len(kinds) != 1 or kinds & {"imagefolder"}:
+        raise InputError(
+            got=f"{_shown(paths)} to be streamed",
+            allowed="files of one format: parquet, csv, json, text or arrow; or stream.streaming=false",
+            key=key,
+        )
+    options: dict[str, Any] = {"sep": "\t"} if paths[0].suffix == ".tsv" else {}
+    (kind,) = kinds
+    if kind == "text":
+        options["keep_linebreaks"] = True
+    names = [str(path) for path in paths]
+
+    def opened() -> Any:
+        try:
+            return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **options)
+        except Exception as error:  # each format's reader has its own family of errors
+            got = f"{_shown(paths)}, which cannot be read as {kind}: {_first_line(error.__cause__ or error)}"
+            raise InputError(got=got, allowed=f"a readable {kind} file with UTF-8 text", key=key) from error
+
+    return opened
+
+
+def stream_hub(name: str, config: str | None, key: str) -> Mapping[str, Any]:
+    """The splits of a data set on the hub as iterable data sets; nothing but what is read is downloaded.
+
+    Raises:
+        InputError: as ``from_hub``.
+    """
+    return from_hub(name, config, "its files, downloaded: stream.source.path=[file.parquet, ...]", key, True)
 
 
 def texts_of(table: Any, column: str, what: str, key: str) -> list[str]:

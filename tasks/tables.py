@@ -246,6 +246,22 @@ def _drawn(groups: Sequence[Sequence[int]], share: float, seed: int) -> list[lis
     return [sorted(train), sorted(test)]
 
 
+def files_of(given: str | Sequence[str], key: str) -> list[Path] | None:
+    """Paths of local files; None for a name on the hub.
+
+    Raises:
+        InputError: one of them is neither.
+    """
+    names = [given] if isinstance(given, str) else list(given)
+    found = [local_file(name) for name in names]
+    if all(found):
+        return [path for path in found if path is not None]
+    missing = next(name for name, path in zip(names, found, strict=True) if path is None)
+    if len(names) > 1 or missing.count("/") != 1 or missing.startswith((".", "/")) or "." in missing:
+        raise no_such_source(missing, key)
+    return None
+
+
 def local_file(name: str) -> Path | None:
     """A file or folder of that name: in the working folder, or in the data folders."""
     if Path(name).exists():

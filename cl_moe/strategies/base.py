@@ -111,9 +111,12 @@ class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothin
             it is given a dense one.
         cost_varies: whether ``loss`` may take more or less operations for batches of the same shapes, in one
             experience and with a model that does not: some of its steps are counted anew then (``Charges``).
+        reads_batches: whether it sees training data in batches (or chunks) only, never all rows at once, so
+            that they may be streamed.
     """
 
     computes: bool = True
+    reads_batches: bool = False
     takes_rows: bool = False
     cost_varies: bool = True
 

@@ -37,6 +37,8 @@ class DistillFrom(Strategy):
         temperature: of both softmaxes; the paper names none, so 1.
     """
 
+    reads_batches = True
+
     def __init__(self, hard: float = 0.75, soft: float = 0.25, temperature: float = 1.0) -> None:
         check_weight(hard, "strategy.distill_from.hard")
         check_weight(soft, "strategy.distill_from.soft")

@@ -7,3 +7,5 @@ from cl_moe.strategies.base import Strategy
 
 class Naive(Strategy):
     """Trains on each experience as it comes and resists nothing."""
+
+    reads_batches = True

@@ -11,6 +11,7 @@ from cl_moe.errors import InputError
 from cl_moe.seeds import derive_seed, generator
 from cl_moe.strategies.base import Batch, Outlook, Setting, Strategy
 from cl_moe.strategies.memory import ClassMemory, Reservoir, check_memory_size
+from cl_moe.stream import chunks
 
 BALANCES = ("none", "class")
 KEY = "strategy.replay.memory_size"
@@ -31,6 +32,7 @@ class Replay(Strategy):
     """
 
     computes = False
+    reads_batches = True
 
     def __init__(self, memory_size: int = 200, share: float = 0.5, balance: str = "none") -> None:
         check_memory_size(memory_size, KEY)
@@ -89,15 +91,13 @@ class Replay(Strategy):
 
     def end(self, outlook: Outlook) -> None:
         """Offer every training example of the experience to the memory, in random order."""
-        inputs, targets = outlook.experience.train.tensors
-        if not len(inputs):
-            return
         draw = generator(outlook.seed, outlook.experience.index, "reservoir")
-        order = torch.randperm(len(inputs), generator=draw)
-        if isinstance(self._kept, ClassMemory):
-            self._kept.offer(inputs[order], targets[order], draw)
-        else:
-            self._kept.offer([inputs[order], targets[order]], draw)
+        for inputs, targets in chunks(outlook.experience.train):
+            order = torch.randperm(len(inputs), generator=draw)
+            if isinstance(self._kept, ClassMemory):
+                self._kept.offer(inputs[order], targets[order], draw)
+            else:
+                self._kept.offer([inputs[order], targets[order]], draw)
 
     def state_dict(self) -> dict[str, Any]:
         """Memory with its counter; the draw."""

@@ -23,6 +23,7 @@ class RouterFreezing(Strategy):
 
     computes = False
     takes_rows = True
+    reads_batches = True
 
     def __init__(self, warmup: int = 1) -> None:
         if not isinstance(warmup, int) or warmup < 0:

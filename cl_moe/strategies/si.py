@@ -32,6 +32,7 @@ class SI(Strategy):
     """
 
     cost_varies = False
+    reads_batches = True
 
     def __init__(self, strength: float = 1.0, damping: float = 0.1) -> None:
         check_weight(strength, "strategy.si.strength")

@@ -127,6 +127,7 @@ class DistillingStrategy(Strategy):
     """
 
     cost_varies = False  # the model's, where its own varies
+    reads_batches = True
 
     def __init__(self, strength: float, temperature: float) -> None:
         self.strength, self.temperature = strength, temperature

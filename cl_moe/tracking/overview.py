@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cl_moe.files import write_atomically
-from cl_moe.stream import IGNORE, Experience, Stream
+from cl_moe.stream import IGNORE, Experience, Stream, Streamed
 from cl_moe.tracking.figures.samples import contact_sheet
 from cl_moe.tracking.figures.style import save
 
@@ -84,6 +84,9 @@ def _experience(stream: Stream, experience: Experience) -> dict[str, Any]:
         "classes": list(experience.classes),
     }
     for side, data in (("train", experience.train), ("test", experience.test)):
+        if isinstance(data, Streamed):
+            entry |= data.summary
+            continue
         targets = data.tensors[1]
         if stream.kind == "language":
             entry[f"{side}_tokens"] = int((targets != IGNORE).sum())
@@ -102,7 +105,7 @@ def _rows(experience: Experience) -> Tensor:
 def _images(stream: Stream, rows: list[Tensor]) -> list[Tensor] | None:
     """(N, H, W, c) of every experience; None where inputs are no images."""
     shape = stream.input_shape
-    if stream.kind == "language" or not stream[0].train.tensors[0].is_floating_point():
+    if stream.kind == "language" or not stream[0].test.tensors[0].is_floating_point():
         return None
     side = math.isqrt(shape[0])
     if len(shape) == 1 and (side * side != shape[0] or side < 4):
@@ -111,16 +114,15 @@ def _images(stream: Stream, rows: list[Tensor]) -> list[Tensor] | None:
     if sizes is None or sizes[0] not in (1, 3):
         return None
     pairs = zip(stream, rows, strict=True)
-    return [e.train.tensors[0][chosen].reshape(-1, *sizes).permute(0, 2, 3, 1) for e, chosen in pairs]
+    return [e.train[chosen][0].reshape(-1, *sizes).permute(0, 2, 3, 1) for e, chosen in pairs]
 
 
 def _texts(stream: Stream, rows: list[Tensor]) -> Iterator[str]:
     for experience, chosen in zip(stream, rows, strict=True):
         yield f"== {experience.index + 1}: {experience.name}"
-        inputs, targets = experience.train.tensors
-        for row in chosen.tolist():
-            label = "" if stream.kind == "language" else f"[{targets[row].item()}] "
-            yield f"{label}{_shown(inputs[row], stream.vocabulary)}"
+        for value, target in zip(*experience.train[chosen], strict=True):
+            label = "" if stream.kind == "language" else f"[{target.item()}] "
+            yield f"{label}{_shown(value, stream.vocabulary)}"
         yield ""
 
 

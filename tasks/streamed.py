@@ -1,0 +1,194 @@
+"""A stream of texts of any size: training data are read while they are learnt, test data are held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import TensorDataset
+
+from cl_moe.errors import InputError
+from cl_moe.stream import Experience, Scenario, Stream, Streamed
+from tasks import hub
+from tasks.held_out import Options, held_out_texts
+from tasks.labelled import check_classes, group_size
+from tasks.streaming import KEY, Part, Row, Table
+from tasks.tables import TESTS, Columns, Source, files_of
+from tasks.tokens import BytePairs, Bytes, padded, tokenizer_of, windows
+
+Tokens = Bytes | BytePairs
+
+
+class How(NamedTuple):
+    """How texts become tokens, and how many rows are in memory: see ``tasks.hf``."""
+
+    context: int
+    truncate: bool
+    vocab_size: int | None
+    block: int
+
+
+def streamed(
+    source: Source,
+    columns: Columns,
+    scenario: Scenario,
+    per: int | None,
+    how: How,
+    arrange_names: Callable[[Sequence[str]], list[str]],
+    held_out: Options = None,
+) -> Stream:
+    """The stream that ``tasks.hf`` builds of the same texts, its training data read block by block.
+
+    Args:
+        source: hub name or files; its test data are another split or file, or told by a column.
+        columns: the input is a column of texts.
+        scenario: as in ``tasks.hf``.
+        per: classes per experience; None: a domain per experience, or all in one.
+        how: tokens, and rows per block.
+        arrange_names: puts domains or classes into their order.
+        held_out: see ``tasks.held_out``.
+
+    Raises:
+        InputError: what cannot be streamed, or read.
+    """
+    train, test = _tables(source, columns)
+    names = _names(train, "label" if per is not None else "domain")
+    arriving = arrange_names(names)
+    size = 1 if per is None else group_size(per, len(names), scenario)
+    groups = [arriving[start : start + size] for start in range(0, len(arriving), size)]
+    place = _place_of(groups, "label" if per is not None else "domain")
+    first = (row.text for row in train.rows() if place(row) == 0)
+    tokens = tokenizer_of(how.vocab_size, first)
+    classes = (names if per is not None else _names(train, "label")) if columns.label else []
+    numbers = [_numbers(classes, group, per, scenario) for group in groups]
+    parts = [
+        Part(train, partial(_is_of, place, index), tokens, how.context, how.block, number, how.truncate)
+        for index, number in enumerate(numbers)
+    ]
+    for row in train.rows():
+        parts[place(row)].count(row)
+    tests = _tests(test, parts, place, how)
+    experiences = [
+        _experience(index, "-".join(group), part, held, scenario)
+        for index, (group, part, held) in enumerate(zip(groups, parts, tests, strict=True))
+    ]
+    if classes:
+        check_classes(experiences, scenario, classes)
+    whole = size if scenario == "domain" and per is not None else len(classes)
+    return Stream(
+        name="hf",
+        kind="classification" if classes else "language",
+        scenario=scenario,
+        experiences=tuple(experiences),
+        num_classes=whole or tokens.num_tokens,
+        input_shape=(how.context,),
+        vocabulary=tokens.vocabulary,
+        held_out=held_out_texts(held_out, tokens, how.context),
+    )
+
+
+def _tables(source: Source, columns: Columns) -> tuple[Table, Table]:
+    """Training and test rows."""
+    if not isinstance(columns.input, str):
+        raise InputError(
+            got=f"columns {list(columns.input)} to be streamed",
+            allowed="a column of texts, or stream.streaming=false",
+            key="stream.columns.input",
+        )
+    if source.test_share is not None:
+        raise InputError(
+            got=f"test_share={source.test_share} of rows that are streamed",
+            allowed="stream.source.test=FILE or a column that tells test rows",
+            key="stream.source.test_share",
+        )
+    paths = files_of(source.path, KEY)
+    if paths is None:
+        splits = hub.stream_hub(str(source.path), source.config, KEY)
+        test = str(source.test or next((name for name in TESTS if name in splits), "test"))
+        for name, key in ((source.train, "train"), (test, "test")):
+            if name not in splits:
+                got = f"{source.path} with splits {', '.join(splits)}"
+                raise InputError(got=got, allowed="one of them", key=f"stream.source.{key}")
+        return (
+            Table(lambda: splits[source.train], columns, str(source.path)),
+            Table(lambda: splits[test], columns, f"{source.path}, {test}"),
+        )
+    opened, what = hub.stream_files(paths, KEY), ", ".join(map(str, paths))
+    if source.test is not None:
+        others = files_of(source.test, "stream.source.test") or []
+        named = ", ".join(map(str, others))
+        return Table(opened, columns, what), Table(hub.stream_files(others, KEY), columns, named)
+    split = columns.split or "split"
+    first: Mapping[str, Any] = next(iter(opened()), {})
+    if split not in first:
+        raise InputError(
+            got=f"{what}, in which nothing says what to test on",
+            allowed="stream.source.test=FILE, or stream.columns.split=COLUMN",
+            key="stream.source.test",
+        )
+    train = Table(opened, columns, what, (split, ("train",)))
+    return train, Table(opened, columns, what, (split, TESTS))
+
+
+def _names(table: Table, meaning: str) -> list[str]:
+    """Domains or classes that there are, by the alphabet; one without a name where no column tells."""
+    names = sorted({getattr(row, meaning) for row in table.rows()})
+    if not names:
+        raise InputError(got=f"{table.what} without training rows", allowed="at least one", key=KEY)
+    return names
+
+
+def _place_of(groups: Sequence[Sequence[str]], meaning: str) -> Callable[[Row], int]:
+    """Which experience a row belongs to; -1: none."""
+    at = {name: index for index, group in enumerate(groups) for name in group}
+    return lambda row: at.get(getattr(row, meaning), -1)
+
+
+def _is_of(place: Callable[[Row], int], index: int, row: Row) -> bool:
+    return place(row) == index
+
+
+def _numbers(
+    classes: Sequence[str], group: Sequence[str], per: int | None, scenario: Scenario
+) -> dict[str, int]:
+    """The labels of an experience's classes; none for language."""
+    if scenario == "domain" and per is not None:
+        return {name: label for label, name in enumerate(group)}
+    return {name: label for label, name in enumerate(classes)}
+
+
+def _tests(test: Table, parts: Sequence[Part], place: Callable[[Row], int], how: How) -> list[TensorDataset]:
+    """The test data of every experience, held."""
+    rows: list[list[Row]] = [[] for _ in parts]
+    for row in test.rows():
+        index = place(row)
+        if index < 0 or (parts[index].number and row.label not in parts[index].number):
+            raise InputError(
+                got=f"{test.what}: {row.label or row.domain!r} in row {row.place}, which no training row has",
+                allowed="classes and domains of the training rows",
+                key="stream.source.test",
+            )
+        rows[index].append(row)
+    held = []
+    for part, found in zip(parts, rows, strict=True):
+        if part.number:
+            texts = [row.text for row in found]
+            inputs = padded(texts, part.tokens, how.context, how.truncate, test.what)
+            held.append(TensorDataset(inputs, torch.tensor([part.number[row.label] for row in found]).long()))
+        else:
+            encoded = part.tokens.encode("".join(row.text for row in found).encode())
+            if len(encoded) < 2:
+                raise InputError(got=f"{len(encoded)} tokens", allowed="at least 2 to test on", key=KEY)
+            held.append(windows(encoded, how.context))
+    return held
+
+
+def _experience(index: int, name: str, part: Part, test: TensorDataset, scenario: Scenario) -> Experience:
+    classes = tuple(sorted(part.counts))
+    summary: dict[str, object] = {"train_classes": dict(sorted(part.counts.items()))}
+    if not part.number:
+        summary = {"train_tokens": max(0, part.total - 1)}
+    train = Streamed(part.num_rows, part.block, part.read, part.checksum, summary)
+    return Experience(index, name or "all", train, test, classes, index if scenario == "task" else None)

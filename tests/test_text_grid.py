@@ -1,0 +1,67 @@
+"""Text streams under every layer and the strategies made for them: it runs, or is refused by a message."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_drawing")]
+SMALL = ("model.width=16", "model.num_blocks=1", "model.num_heads=2", "tracking=none", "hydra.run.dir=run")
+LINES = ("stream.train_bytes=3000", "stream.test_bytes=700", "stream.context=32", "trainer.batch_size=16")
+STREAMS: dict[str, tuple[str, ...]] = {
+    "text_domains": (*LINES, "stream.domains=[novels_en,python_code]", "model.slots=all"),
+    "text_languages": (*LINES, "model.slots=all"),
+    "intents": ("stream.context=24", "stream.tune_on_first=2", "trainer.epochs=1", "model.slots=all"),
+}
+MOE = (
+    "layer=moe",
+    "layer.num_experts=4",
+    "layer.hidden=8",
+    "growth=every_experience",
+    "growth.num_experts=4",
+)
+KEYS = (
+    "layer.num_experts=16",
+    "layer.k=2",
+    "layer.heads=2",
+    "growth=every_experience",
+    "growth.num_experts=16",
+)
+LAYERS: dict[str, tuple[str, ...]] = {
+    "dense": ("layer=dense",),
+    **{
+        f"moe {router}": (*MOE, f"router={router}")
+        for router in ("top_k", "switch", "gshard", "expert_choice")
+    },
+    "peer": ("layer=peer", *KEYS, "growth.init=fresh"),
+    "pkm": ("layer=pkm", *KEYS, "growth.init=fresh"),
+}
+STRATEGIES = ("naive", "replay", "lwf", "lifelong_moe", "sparse_memory")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("stream", STREAMS)
+def test_it_runs(stream: str, layer: str, strategy: str, command: Callable[..., Any], tmp_path: Path) -> None:
+    if stream == "intents" and not os.environ.get("CL_MOE_DATA"):
+        pytest.skip("clinc150.parquet is looked for in CL_MOE_DATA, which is not set")
+    words = (f"stream={stream}", *STREAMS[stream], *LAYERS[layer], f"strategy={strategy}", *SMALL)
+    done = command(*words)
+    sees_the_future = layer == "moe expert_choice" and stream != "intents"
+    no_rows = strategy == "sparse_memory" and layer not in ("peer", "pkm")
+    if sees_the_future or no_rows:
+        assert (done.status, "change: " in done.text) == (2, True), done.text
+        return
+    assert done.status == 0, done.text
+    with (tmp_path / "run/accuracy_matrix.csv").open() as file:
+        scores = [float(cell) for row in list(csv.reader(file))[1:] for cell in row[1:]]
+    assert len(scores) == 6
+    assert all(math.isfinite(score) for score in scores)
+    if stream != "intents":
+        assert scores[2] > scores[0], "an epoch teaches something of the first text"
