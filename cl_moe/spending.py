@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal, get_args
 
 import lightning as L  # noqa: N812
+import torch
 
 from cl_moe.anytime import untouched
 from cl_moe.counting import CountFlops
@@ -92,7 +93,7 @@ class Spending(L.Callback):
     def _forward_flops(self, training: Stream, spec: TrainerSpec) -> int:
         """Of all new examples in all passes, by one batch of the model as it starts; heads left out."""
         filled = [experience for experience in training if len(experience.train)]
-        inputs, targets = (part[: spec.batch_size] for part in filled[0].train.tensors)
+        inputs, targets = filled[0].train[torch.arange(min(spec.batch_size, len(filled[0].train)))]
         with untouched(self.learner), CountFlops() as count:
             like = next(self.learner.model.parameters())
             self.learner.model(inputs.to(like) if inputs.is_floating_point() else inputs)
