@@ -56,7 +56,7 @@ PARTS: dict[tuple[str, tuple[str, ...]], Part] = {
     ("cl_moe.experiment", ()): Part("running the experiment"),
 }
 HOOKS = (
-    *("check", "view", "begin", "batch", "loss", "gradients", "end", "predict"),
+    *("check", "view", "begin", "batch", "loss", "gradients", "end", "predict", "rate", "answer"),
     *("state_dict", "load_state_dict"),
 )
 

@@ -15,6 +15,8 @@ class LeanModule(L.LightningModule):
 
     Attributes:
         batches: of this experience that were trained.
+        first_pass: batches of one pass through it.
+        epochs: passes through it.
         tick: called after every batch.
         between_steps: called between two optimizer steps.
         between_tests: called after every batch of an evaluation.
@@ -22,7 +24,7 @@ class LeanModule(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.batches = 0
+        self.batches, self.first_pass, self.epochs = 0, 0, 1
         self.tick, self.between_steps, self.between_tests = _nothing, _nothing, _nothing
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -32,6 +34,20 @@ class LeanModule(L.LightningModule):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+    @property
+    def accumulate(self) -> int:
+        """Batches per optimizer step; 1 before there is a Trainer."""
+        return int(self.trainer.accumulate_grad_batches) if self._trainer is not None else 1
+
+    def steps(self) -> tuple[int, int]:
+        """Optimizer steps made in this experience, and to be made; the last one of a pass may be shorter.
+
+        They hang on the number of batches alone, so that a restart counts the same.
+        """
+        per_pass = -(-self.first_pass // self.accumulate)
+        passes, batch = divmod(self.batches, self.first_pass)
+        return passes * per_pass + batch // self.accumulate, self.epochs * per_pass
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Experiences lie in CPU memory: on the CPU there is nothing to look through and to move."""
@@ -68,6 +84,12 @@ class LeanModule(L.LightningModule):
         assert self.trainer.max_epochs is not None
         if self.trainer.current_epoch + 1 < self.trainer.max_epochs:
             self.between_steps()
+
+
+def scale_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Let the next step go at a factor of the rate that the optimizer was built with."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
 
 
 def _nothing() -> None:

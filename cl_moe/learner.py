@@ -6,7 +6,7 @@ Legend: B batch, S positions, C columns of logits (classes known so far).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from cl_moe.errors import InputError, RunFailedError
 from cl_moe.growth import Trace
 from cl_moe.growth.adapt import Event, replay
 from cl_moe.layers import ExpertLayer, Routing, StepLoads
-from cl_moe.lean import LeanModule
+from cl_moe.lean import LeanModule, scale_rates
 from cl_moe.metrics import Tally
 from cl_moe.metrics.answers import OnlineScore
 from cl_moe.models.base import ContinualModel
@@ -26,7 +26,7 @@ from cl_moe.models.rewind import RouterState
 from cl_moe.optim import OptimizerSpec, OptimizerState, load_state_by_name, state_by_name
 from cl_moe.scoring import Scoring, add_terms
 from cl_moe.seeds import derive_seed, generator, generator_states, set_generator_states
-from cl_moe.strategies.base import Outlook, Setting, Step, Strategy, check_rows, only_one
+from cl_moe.strategies.base import Answer, Hooks, Outlook, Setting, Step, Strategy, check_rows, only_one
 from cl_moe.strategies.passes import answering
 from cl_moe.stream import Experience, Stream
 
@@ -77,14 +77,10 @@ class Learner(LeanModule):
         self.then: list[RouterState] = []  # of each of its test sets, if it is to be met as it was
         self._step_loads, self._balancing = StepLoads(), dict[int, ExpertLayer]()
         self._restart: dict[str, Any] | None = None  # what a restart inside an experience goes on with
-        self._first_pass = 0  # batches of it
-        # Only hooks that do something are called in every step.
-        acting = list(self.strategies.values())
-        self._batch_hooks = [s for s in acting if type(s).batch is not Strategy.batch]
-        self._loss_hooks = [s for s in acting if type(s).loss is not Strategy.loss]
-        self._gradient_hooks = [s for s in acting if type(s).gradients is not Strategy.gradients]
+        self._hooks = Hooks.of(self.strategies)
         self._classifier = only_one(self.strategies, "predict", "each classifies in its own way")
-        for strategy in acting:
+        self._answerer = only_one(self.strategies, "answer", "each asks the model in its own way")
+        for strategy in self.strategies.values():
             strategy.check(Setting(model, stream, tuple(self.strategies)))
         check_rows(optimizer.rows, self.strategies)
 
@@ -93,8 +89,8 @@ class Learner(LeanModule):
     def outlook(self) -> Outlook:
         """What strategies may know of the experience that is set."""
         assert self.experience is not None
-        scoring = self.scoring
-        return Outlook(self.model, self.experience, self.kind, self.seed, scoring.group_of_class, scoring)
+        known = (self.scoring.group_of_class, self.scoring, self.accumulate)
+        return Outlook(self.model, self.experience, self.kind, self.seed, *known)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A fresh optimizer: newborns in, frozen ones out, survivors' state carried where asked for."""
@@ -111,12 +107,12 @@ class Learner(LeanModule):
         assert self.experience is not None
         torch.manual_seed(derive_seed(self.seed, self.experience.index, "train"))
         self.place_classes()
-        self.batches, self._first_pass = 0, int(self.trainer.num_training_batches)
+        self.batches, self.first_pass = 0, int(self.trainer.num_training_batches)
         self._balancing = {i: layer for i, layer in self.model.expert_layers.items() if layer.wants_load}
         if self._restart is None:
             self.charges.forget(self.cost_varies(training=True))
             self.online.reset()
-            self.trace.open(self._first_pass)
+            self.trace.open(self.first_pass)
         for strategy in self.strategies.values():
             with self.charges.counting(strategy.computes and self._restart is None):
                 strategy.begin(self.outlook())
@@ -130,13 +126,13 @@ class Learner(LeanModule):
         """Task loss, the routers' auxiliary losses and the strategies' terms, added up."""
         inputs, targets = batch
         num_new = len(targets)
-        if self._batch_hooks:
+        if self._hooks.batch:
             with self.charges.step("batch", inputs, varies=True):
-                for strategy in self._batch_hooks:
+                for strategy in self._hooks.batch:
                     inputs, targets = strategy.batch(inputs, targets)
         mask = padding_mask(targets) if self.kind == "language" else None
         self.charges.examples += len(targets)
-        varies = mask is not None or any(strategy.cost_varies for strategy in self._loss_hooks)
+        varies = mask is not None or any(strategy.cost_varies for strategy in self._hooks.loss)
         with self.charges.step("step", inputs, varies=varies, tokens=targets.numel()):
             return self._loss(inputs, targets, mask, num_new)
 
@@ -147,7 +143,7 @@ class Learner(LeanModule):
         except RunFailedError as error:  # a layer names what it was given, not when
             raise RunFailedError(f"step {self.global_step}: {error}") from error
         terms = {"task_loss": self.task_loss(logits, targets)}
-        if self.batches < self._first_pass:
+        if self.batches < self.first_pass:
             with torch.no_grad():
                 self.online.add(*self.scoring.of_new(logits, targets, num_new, terms["task_loss"]))
         if self.trace.follows:
@@ -155,9 +151,9 @@ class Learner(LeanModule):
         for routing in routings.values():
             add_terms(terms, routing.losses)
         self._step_loads.add(self._balancing, routings)
-        if self._loss_hooks:
+        if self._hooks.loss:
             step = Step(self.model, inputs, targets, mask, logits, routings, terms["task_loss"], num_new)
-            for strategy in self._loss_hooks:
+            for strategy in self._hooks.loss:
                 add_terms(terms, strategy.loss(step))
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else terms["task_loss"]
         self._watch(loss, terms)
@@ -170,11 +166,13 @@ class Learner(LeanModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let strategies work on the gradients."""
-        if self._gradient_hooks:
+        if self._hooks.gradients:
             with self.charges.step("gradients", varies=True):
-                for strategy in self._gradient_hooks:
+                for strategy in self._hooks.gradients:
                     strategy.work_on_gradients(self.model)
         self._step_loads.apply(self._balancing)
+        if self._hooks.rate:
+            scale_rates(optimizer, math.prod(s.rate(*self.steps()) for s in self._hooks.rate))
 
     def on_train_end(self) -> None:
         """Refuse broken weights, close the strategies, keep the optimizer's state by name."""
@@ -189,7 +187,7 @@ class Learner(LeanModule):
 
     def place_classes(self) -> None:
         """Note which column of the logits each class has now."""
-        self.scoring.place(self.model.head.classes, self.device)
+        self.scoring.place(self.model.head.classes, self.device, len(self.model.head.arrived))
 
     def _draw(self) -> torch.Generator:
         """For what the model draws for a batch: the same after a restart."""
@@ -238,19 +236,22 @@ class Learner(LeanModule):
         varies = mask is not None or bool(self.then)
         with self.charges.step("test", inputs, varies=varies, tokens=targets.numel()):
             with answering(self.model, self._classifier) as answer:
-                logits, routings = self._forward(inputs, mask, test_set)
+                logits, routings = self._ask(inputs, targets, mask, test_set)
             logits = answer(logits)
         if not logits.isfinite().all():  # an argmax over them would be a score like any other
             place = f"after step {self.global_step}, on test set {test_set}"
             raise RunFailedError(f"output not finite in an evaluation {place}\n{_REMEDY}")
         return logits, targets, routings
 
-    def _forward(
-        self, inputs: Tensor, mask: Tensor | None, test_set: int
-    ) -> tuple[Tensor, dict[int, Routing]]:
-        if self.then:
-            return self.then[test_set].logits(self.model, inputs, mask), {}
-        return self.model(inputs, mask=mask)
+    def _ask(self, inputs: Tensor, targets: Tensor, mask: Tensor | None, test_set: int) -> Answer:
+        def forward(cohorts: Sequence[int] | None) -> Answer:
+            if self.then:
+                return self.then[test_set].logits(self.model, inputs, mask, cohorts), {}
+            return self.model(inputs, mask=mask, cohorts=cohorts)
+
+        if self._answerer is None:
+            return forward(None)
+        return self._answerer.answer(forward, inputs, self.scoring.tasks(targets))
 
     # ---- state
 

@@ -109,6 +109,7 @@ class Run:
         self.anytime = Anytime(self.learner, self.stream, self.measuring, size, self.watchdog.alive)
         self.learner.trace = Trace(self.growth.looks | self.freeze.looks)
         self.learner.note, self.learner.tick = self.tracker.add, self._tick
+        self.learner.epochs = self.spec.epochs
         self.learner.between_steps, self.learner.between_tests = self._between_steps, self._between_tests
 
     @property
@@ -154,7 +155,8 @@ class Run:
             self._start_from(self.branch)
         else:
             learner = self.learner
-            learner.ledger += add_classes(learner.model, self.stream.classes_at_start, self.seed_init)
+            groups, ahead = self.stream.classes_at_start, self.stream.scenario == "class"
+            learner.ledger += add_classes(learner.model, groups, self.seed_init, ahead)
 
     def is_due(self, experience: Experience) -> bool:
         """Whether to train on it: joint training leaves nothing for later ones, and a budget may be spent."""

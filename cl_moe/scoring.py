@@ -32,16 +32,19 @@ class Scoring:
         self.group_of_class = stream.group_of_class() if stream.scenario == "task" else None
         self.column_of_class = torch.full((stream.num_classes,), -1)
         self._classes: list[int] = []
+        self._arrived = 0
         self._in_order = False  # whether a class is its own column, which spares a look-up in every step
 
-    def place(self, classes: Sequence[int], device: torch.device) -> None:
+    def place(self, classes: Sequence[int], device: torch.device, arrived: int | None = None) -> None:
         """Note which column of the logits each class has, and put it where the model computes.
 
         Args:
             classes: of the head, in the order of its columns.
             device: of the logits to come.
+            arrived: of the first columns, whose classes have come; None: of all.
         """
         self._classes = list(classes)
+        self._arrived = len(self._classes) if arrived is None else arrived
         self.column_of_class = torch.full_like(self.column_of_class, -1, device=device)
         self._in_order = self._classes == list(range(len(classes)))
         if self.kind == "classification" and classes:
@@ -79,16 +82,21 @@ class Scoring:
         task_C = self.group_of_class[self._classes]
         return logits.masked_fill(task_C != self.group_of_class[targets].unsqueeze(1), -math.inf)
 
+    def tasks(self, targets: Tensor) -> Tensor | None:
+        """(B,) int64 number of each example's task, where the scenario gives it away; else None."""
+        return None if self.group_of_class is None else self.group_of_class[targets]
+
     def score(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Sum and number of scores: right answers, or minus the loss of each real token in nats.
 
-        A class without a column yet (its rows are not born) is never answered right.
+        A class that has not come yet is no answer, and never answered right, its rows born or not.
         """
         if self.kind == "language":
             return token_score(logits, targets)
-        missing = len(self._classes) - logits.shape[1]  # classes that came later than a router of the past
+        logits, column_B = self._of_arrived(logits, targets)
+        missing = self._arrived - logits.shape[1]  # classes that came later than a router of the past
         logits = F.pad(logits, (0, missing), value=-math.inf) if missing else logits
-        right_B = right_answers(self.own_task(logits, targets), self.column_of_class[targets])
+        right_B = right_answers(self.own_task(logits, targets), column_B)
         return right_B.double().sum(), torch.tensor(len(targets))
 
     def of_new(
@@ -112,10 +120,18 @@ class Scoring:
 
         Also None before any class is known. The probability is over the classes that compete.
         """
-        if self.kind == "language" or logits_BC.shape[1] == 0:
+        if self.kind == "language" or min(logits_BC.shape[1], self._arrived) == 0:
             return None
+        logits_BC, column_B = self._of_arrived(logits_BC, targets_B)
         own_BC = self.own_task(logits_BC, targets_B)
-        return confidences(own_BC), right_answers(own_BC, self.column_of_class[targets_B])
+        return confidences(own_BC), right_answers(own_BC, column_B)
+
+    def _of_arrived(self, logits_BC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of classes that have come, and each target's column among them; -1 where it has none."""
+        column_B = self.column_of_class[targets_B]
+        if self._arrived == len(self._classes):
+            return logits_BC, column_B
+        return logits_BC[:, : self._arrived], column_B.masked_fill(column_B >= self._arrived, -1)
 
 
 def add_terms(terms: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:

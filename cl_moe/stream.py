@@ -19,6 +19,7 @@ from cl_moe.errors import InputError
 Scenario = Literal["task", "domain", "class"]
 Kind = Literal["classification", "language"]
 SCENARIOS: tuple[str, ...] = get_args(Scenario)
+HEADS = ("growing", "whole")
 
 IGNORE = -100
 """Target of a padded position: no loss, no routing, no count (torch's own ``ignore_index``)."""
@@ -140,6 +141,9 @@ class Stream(Sequence[Experience]):
         held_out: texts for measuring a language model, all different in name.
         open: further experiences may arrive behind the last one, so nothing that is done before them may
             depend on them: a row measures what was learnt by then, and every boundary may be the end.
+        head: class-incremental: ``"growing"``, rows of the read-out are born with their classes; ``"whole"``,
+            they are there from the start and learn from the start that their classes have not come, as other
+            platforms have it. An evaluation looks at classes that have come and no others, either way.
     """
 
     name: str
@@ -152,8 +156,11 @@ class Stream(Sequence[Experience]):
     online: bool = False
     held_out: tuple[HeldOut, ...] = field(default=(), repr=False)
     open: bool = False
+    head: str = "growing"
 
     def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise InputError(got=f"head {self.head!r}", allowed=", ".join(HEADS), key="stream.head")
         if self.scenario not in SCENARIOS:
             raise InputError(
                 got=f"scenario {self.scenario!r}", allowed=", ".join(SCENARIOS), key="stream.scenario"
@@ -183,12 +190,13 @@ class Stream(Sequence[Experience]):
     def classes_at_start(self) -> tuple[tuple[int, ...], ...]:
         """Groups of classes whose head rows exist before training: one group per cohort of head rows.
 
-        Class-incremental: none, the head grows as classes arrive. Otherwise the labels are no secret of the
-        stream, so the head is whole from the start and the row before any training is measured, not assumed.
-        An open stream knows the classes of its tasks no sooner than they arrive.
+        Class-incremental: none, unless ``head`` says otherwise: the head grows as classes arrive. In the
+        other scenarios the labels are no secret of the stream, so the head is whole from the start and the
+        row before any training is measured, not assumed. An open stream knows the classes of its tasks no
+        sooner than they arrive.
         """
-        withheld = self.scenario == "class" or (self.open and self.scenario == "task")
-        return () if withheld else self.class_groups
+        growing = self.scenario == "class" and self.head == "growing"
+        return () if growing or (self.open and self.scenario != "domain") else self.class_groups
 
     @property
     def class_groups(self) -> tuple[tuple[int, ...], ...]:

@@ -28,6 +28,7 @@ def image_stream(
     tune_on_first: int | None = None,
     shape: Mapping[str, object] | None = None,
     data_seed: int = 0,
+    head: str = "growing",
 ) -> Stream:
     """Groups of classes of an image set, the whole set under one transformation after the other, or both.
 
@@ -48,6 +49,8 @@ def image_stream(
         tune_on_first: keep only so many, for choosing hyperparameters; ``num_classes`` stays.
         shape: the shape of time; see ``tasks.shapes.Shape``.
         data_seed: draws permutations and noise, and what ``cut`` and ``shape`` draw. The split never changes.
+        head: class-incremental: ``growing``, rows of the read-out are born with their classes; ``whole``,
+            they are there from the start.
 
     Raises:
         InputError: a value that is not allowed.
@@ -68,7 +71,7 @@ def image_stream(
     kind = change.kind if change is not None and classes_per_experience is None else "split"
     count = len(experiences[0].classes) if setting == "domain" else len(data.classes)
     stream = Stream(f"{kind}_{dataset}", "classification", setting, experiences, count, data.input_shape)
-    return finish(stream, tune_on_first, cut, data_seed, shape)
+    return finish(replace(stream, head=head), tune_on_first, cut, data_seed, shape)
 
 
 def _groups(

@@ -79,7 +79,7 @@ def test_every_experiment_builds(name: str, composed: Compose, tmp_path: Path):
 def test_strategies_stand_side_by_side(composed: Compose):
     strategy = composed("strategy=[replay,lwf]").strategy
     assert set(strategy) == {"replay", "lwf"}
-    assert set(strategy.replay) == {"_target_", "memory_size", "share", "balance"}
+    assert set(strategy.replay) == {"_target_", "memory_size", "share", "policy", "balance"}
     assert set(strategy.lwf) == {"_target_", "alpha", "temperature"}
 
 

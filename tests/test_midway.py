@@ -28,8 +28,8 @@ PEER = ("layer=peer", "layer.num_experts=16", "layer.k=2", "layer.heads=2", "gro
 differences = runpy.run_path(str(Path(__file__).with_name("chaos.py")))["differences"]
 Run = Callable[[Path, Sequence[str]], None]
 STRATEGIES = sorted(path.stem for path in Path(conf.__path__[0], "strategy").glob("*.yaml"))
-OTHERWISE = ("joint", "distill_from", "sparse_memory")
-"""Trains before any growth; needs a teacher: see test_distilling; needs product keys."""
+OTHERWISE = ("joint", "distill_from", "sparse_memory", "continual_backprop", "demix", "l2p")
+"""Need a teacher (see test_distilling), product keys, dense layers, tasks or patches; or train first."""
 TEXT = (
     *("stream=text_domains", "stream.train_bytes=6000", "stream.test_bytes=2000", "stream.context=32"),
     *("model.width=16", "trainer.batch_size=32", "growth=never", "freeze=never"),
@@ -50,6 +50,13 @@ ARMS: dict[str, tuple[str, ...]] = {
             "trainer.accumulate=2",
         ),
     ),
+    "strategy continual_backprop": (
+        *("strategy=continual_backprop", "strategy.continual_backprop.maturity=1", "trainer.accumulate=2"),
+        "strategy.continual_backprop.rate=0.1",
+    ),
+    "strategy demix": (*MOE, "strategy=demix", "stream.scenario=task", "freeze=never"),
+    "strategy l2p": ("model=patch_transformer", "strategy=l2p"),
+    "head whole": ("stream=peers_digits", "strategy=[der,weight_aligning]", "trainer.accumulate=2"),
     "strategies together": (*MOE, "strategy=[replay,lwf]", "optimizer=adamw", "optimizer.state=carry"),
     "layer dense": ("strategy=replay", "optimizer.momentum=0.9"),
     "layer moe switch": (*MOE, "router=switch", "optimizer=adamw"),

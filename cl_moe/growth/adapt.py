@@ -53,7 +53,7 @@ def adapt(
         InputError: growth is asked of a model without expert layers, or nothing is left to learn.
     """
     at = census.experience
-    new_classes = [label for label in classes if label not in model.head.classes]
+    new_classes = [label for label in classes if label not in model.head.arrived]
     newborns, events = _decided(model, census, schedule, len(new_classes))
     events += _stopped(model, at, policy.decide(census, newborns), newborns)
     if new_classes:
@@ -122,9 +122,19 @@ def _stopped(model: ContinualModel, at: int, stop: Stop, newborns: int) -> list[
     return events
 
 
-def add_classes(model: ContinualModel, groups: Iterable[Sequence[int]], seed: int) -> list[Event]:
-    """Head rows for classes that the scenario does not withhold, before any training; returns the events."""
-    events = [{"experience": 0, "act": "head", "classes": list(group)} for group in groups]
+def add_classes(
+    model: ContinualModel, groups: Iterable[Sequence[int]], seed: int, ahead: bool = False
+) -> list[Event]:
+    """Head rows for classes that are there before any training; returns the events.
+
+    Args:
+        model: changed in place.
+        groups: of classes, one per cohort of rows.
+        seed: rows are drawn from (seed, group).
+        ahead: the rows are ahead of their classes, which the scenario withholds till they come.
+    """
+    mark = {"ahead": True} if ahead else {}
+    events = [{"experience": 0, "act": "head", "classes": list(group), **mark} for group in groups]
     for index, event in enumerate(events):
         with seeded(seed, "head at the start", index):
             apply(model, event, {})
@@ -201,7 +211,7 @@ def apply(model: ContinualModel, event: Event, loads: Mapping[int, Tensor | None
     if event["act"] == "freeze_all":
         freeze_all(model)
     elif event["act"] == "head":
-        model.head.grow(event["classes"])
+        model.head.grow(event["classes"], ahead=event.get("ahead", False))
     elif event["act"] == "freeze":
         model.expert_layers[event["layer"]].freeze(event["cohorts"], shared=event["shared"])
     elif event["act"] == "grow":

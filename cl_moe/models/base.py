@@ -21,7 +21,8 @@ class Head(nn.Module):
     """A linear read-out made of cohorts of rows: one cohort per group of classes that arrived together.
 
     A cohort is a whole parameter, so old rows can be frozen and never move (law 1, law 2). Columns of the
-    logits stand in order of arrival; ``classes`` names them.
+    logits stand in order of arrival; ``classes`` names them. Rows may be there ahead of their classes: those
+    columns are the last, ``ahead`` names them, and an evaluation leaves them out.
     """
 
     def __init__(self, dim: int) -> None:
@@ -29,6 +30,18 @@ class Head(nn.Module):
         self.dim = dim
         self.cohorts = nn.ModuleList()
         self.classes: list[int] = []
+        self.ahead: list[int] = []
+
+    @property
+    def arrived(self) -> list[int]:
+        """Classes that have come: those of the first columns."""
+        return self.classes[: len(self.classes) - len(self.ahead)]
+
+    @property
+    def num_arrived_cohorts(self) -> int:
+        """Cohorts of rows whose classes have come."""
+        ends = torch.tensor([0, *(c.out_features for c in self.cohorts)]).cumsum(0)
+        return int((ends[1:] <= len(self.arrived)).sum())
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (..., C) of ``x`` (..., D); C is 0 before the first class arrives."""
@@ -41,8 +54,16 @@ class Head(nn.Module):
         rows: list[nn.Linear] = list(self.cohorts)  # type: ignore[arg-type]
         return F.linear(x, torch.cat([r.weight for r in rows]), torch.cat([r.bias for r in rows]))
 
-    def grow(self, classes: Sequence[int]) -> None:
-        """Append rows for new classes, drawn from torch's global generator as ``nn.Linear`` draws them."""
+    def grow(self, classes: Sequence[int], ahead: bool = False) -> None:
+        """Append rows for new classes, drawn from torch's global generator as ``nn.Linear`` draws them.
+
+        Args:
+            classes: that come now; where their rows were there ahead of them, nothing is drawn.
+            ahead: the classes are still to come.
+        """
+        if classes and not ahead and list(classes) == self.ahead[: len(classes)]:
+            self.ahead = self.ahead[len(classes) :]
+            return
         known = set(self.classes) & set(classes)
         if known or not classes:
             raise ValueError(f"classes {sorted(known)} have rows already" if known else "no classes to add")
@@ -51,6 +72,7 @@ class Head(nn.Module):
             rows.to(next(self.cohorts[0].parameters()))
         self.cohorts.append(rows)
         self.classes.extend(classes)
+        self.ahead.extend(classes if ahead else ())
 
 
 class ContinualModel(nn.Module, ABC):
@@ -96,6 +118,11 @@ class ContinualModel(nn.Module, ABC):
     @abstractmethod
     def feed_forward(self) -> Sequence[nn.Module]:
         """The layer in each block's feed-forward slot, in order of the blocks."""
+
+    @property
+    def cuts(self) -> Sequence[nn.Module]:
+        """Modules whose output is all that is read behind them, the lowest first; by default none."""
+        return ()
 
     @property
     def units_behind(self) -> Mapping[int, nn.Module]:

@@ -65,6 +65,11 @@ class MLPClassifier(ContinualModel):
         return list(self.blocks)
 
     @property
+    def cuts(self) -> Sequence[nn.Module]:
+        """The stem, before its ReLU, and the ReLU behind every slot."""
+        return [self.stem, *self.relus]
+
+    @property
     def units_behind(self) -> Mapping[int, nn.Module]:
         """The ReLU behind every slot."""
         return dict(enumerate(self.relus))

@@ -75,6 +75,13 @@ class PatchTransformer(TransformerBody):
         self, inputs: Tensor, mask: Tensor | None = None, cohorts: Sequence[int] | None = None
     ) -> tuple[Tensor, dict[int, Routing]]:
         """Logits (B, C) of images (B, ...), and the routings by block."""
+        x_BSD, routings = self.read(inputs, mask, cohorts)
+        return self.head(x_BSD.mean(dim=1)), routings
+
+    def read(
+        self, inputs: Tensor, mask: Tensor | None = None, cohorts: Sequence[int] | None = None
+    ) -> tuple[Tensor, dict[int, Routing]]:
+        """(B, S, D) behind the last norm, whose mean the head reads; and the routings by block."""
         if not inputs.is_floating_point() or inputs.shape[1:].numel() != math.prod(self.image):
             raise InputError(
                 got=f"inputs of shape {tuple(inputs.shape)} and dtype {inputs.dtype}",
@@ -82,8 +89,12 @@ class PatchTransformer(TransformerBody):
                 key="stream (or model)",
             )
         x_BSD = self.stem(self.patches(inputs)) + self.positions.weight
-        out_BSD, routings = self._through_blocks(x_BSD, mask, cohorts)
-        return self.head(out_BSD.mean(dim=1)), routings
+        return self._through_blocks(x_BSD, mask, cohorts)
+
+    @property
+    def cuts(self) -> Sequence[nn.Module]:
+        """The norm behind the last block."""
+        return [self.norm]
 
     def patches(self, inputs: Tensor) -> Tensor:
         """(B, h w, c p p): the patches of images (B, ...), row by row."""

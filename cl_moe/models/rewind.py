@@ -5,7 +5,7 @@ Legend: B batch, S positions, C columns of logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ class RouterState:
     Args:
         values: by name as in ``state_dict``, on the CPU.
         num_cohorts: of every expert layer; 0 for a model without experts.
-        num_head_cohorts: groups of classes that had head rows.
+        num_head_cohorts: groups of classes that had come, and had head rows.
     """
 
     values: Mapping[str, Tensor]
@@ -41,7 +41,7 @@ class RouterState:
             value = live[name].detach().cpu()
             same = name in known and torch.equal(known[name], value)
             values[name] = known[name] if same else value.clone()
-        return cls(values, _num_cohorts(model), len(model.head.cohorts))
+        return cls(values, _num_cohorts(model), model.head.num_arrived_cohorts)
 
     def is_of(self, model: ContinualModel) -> bool:
         """Whether the model still chooses like this, of as many cohorts and classes."""
@@ -52,7 +52,13 @@ class RouterState:
         )
 
     @torch.no_grad()
-    def logits(self, model: ContinualModel, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+    def logits(
+        self,
+        model: ContinualModel,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        cohorts: Sequence[int] | None = None,
+    ) -> Tensor:
         """(B, C) or (B, S, C) of the model with this router, without what was born later (FORMULAS 2).
 
         Experts, trunk and head rows are those of now; cohorts and head rows born since are left out, so C
@@ -63,11 +69,15 @@ class RouterState:
             model: the one that this was taken of, grown or not.
             inputs: one batch, as the model's ``forward`` takes it.
             mask: language only: (B, S) bool, False on padding.
+            cohorts: let every expert layer use these cohorts only; of those born since, none.
         """
         device = next(model.parameters()).device
         values = {name: value.to(device) for name, value in self.values.items()}
         # None where nothing was born: the very computation of an evaluation, to its bits.
-        cohorts = None if self.num_cohorts == _num_cohorts(model) else range(self.num_cohorts)
+        if cohorts is not None:
+            cohorts = [cohort for cohort in cohorts if cohort < self.num_cohorts] or None
+        elif self.num_cohorts < _num_cohorts(model):
+            cohorts = range(self.num_cohorts)
         options = {"mask": mask, "cohorts": cohorts}
         with _first_rows(model.head, self.num_head_cohorts):
             logits, _ = functional_call(model, values, (inputs,), options, strict=False)

@@ -8,9 +8,9 @@ import torch
 
 from cl_moe.errors import InputError
 from cl_moe.models.base import ContinualModel
-from cl_moe.seeds import derive_seed, generator
+from cl_moe.seeds import derive_seed
 from cl_moe.strategies.base import Outlook, Strategy
-from cl_moe.strategies.memory import Reservoir, check_memory_size
+from cl_moe.strategies.memory import Reservoir, check_memory_size, take_in
 from cl_moe.strategies.passes import learning, memory_gradient
 
 
@@ -66,11 +66,7 @@ class AGEM(Strategy):
 
     def end(self, outlook: Outlook) -> None:
         """Offer every training example of the experience to the reservoir, in random order."""
-        data = outlook.experience.train.tensors
-        if len(data[0]):
-            draw = generator(outlook.seed, outlook.experience.index, "agem reservoir")
-            order = torch.randperm(len(data[0]), generator=draw)
-            self.memory.offer([column[order] for column in data], draw)
+        take_in(self.memory, outlook, "agem reservoir")
 
     def state_dict(self) -> dict[str, Any]:
         """Memory and draw."""

@@ -12,9 +12,9 @@ steps change belongs into the state; what ``begin`` makes and steps only read do
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -25,6 +25,10 @@ from cl_moe.models.base import ContinualModel
 from cl_moe.stream import Experience, Kind, Stream
 
 Batch = tuple[Tensor, Tensor]
+Answer = tuple[Tensor, dict[int, Routing]]
+"""Logits, and routings by block."""
+Forward = Callable[[Sequence[int] | None], Answer]
+"""A pass of an evaluation's model over one batch, with these cohorts of every expert layer; None: all."""
 
 
 class Question(Protocol):
@@ -66,6 +70,7 @@ class Outlook:
         group_of_class: (classes,) int64 for the task-incremental scenario: the task of each class; None
             otherwise.
         question: for passes of the strategy's own; a run always has one.
+        accumulate: batches per optimizer step; each batch's loss is divided by it.
     """
 
     model: ContinualModel
@@ -74,6 +79,7 @@ class Outlook:
     seed: int
     group_of_class: Tensor | None = None
     question: Question | None = None
+    accumulate: int = 1
 
 
 @dataclass
@@ -154,6 +160,15 @@ class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothin
             dense_gradients(model.parameters())
         self.gradients(model)
 
+    def rate(self, step: int, num_steps: int) -> float:
+        """Factor, > 0, on the optimizer's learning rate; those of several strategies multiply.
+
+        Args:
+            step: optimizer steps made in this experience.
+            num_steps: to be made in it.
+        """
+        return 1.0
+
     def end(self, outlook: Outlook) -> None:
         """The experience was trained."""
         return None
@@ -167,6 +182,16 @@ class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothin
             logits: (B, C), what it answered: classes known now, or then where the router is rolled back.
         """
         return logits
+
+    def answer(self, forward: Forward, inputs: Tensor, task: Tensor | None) -> Answer:
+        """What an evaluation takes for the model's answer; at most one strategy has its own.
+
+        Args:
+            forward: runs the model on the batch.
+            inputs: (B, ...), of the batch.
+            task: (B,) int64, the number of each example's task, where the scenario gives it away; else None.
+        """
+        return forward(None)
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart: tensors and plain Python only."""
@@ -184,6 +209,26 @@ class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothin
     def buffer_bytes(self) -> int:
         """Bytes kept for this strategy beside the model: memory, stored copies."""
         return 0
+
+
+class Hooks(NamedTuple):
+    """The strategies of a run that have each of the hooks that a step calls, in their order."""
+
+    batch: tuple[Strategy, ...]
+    loss: tuple[Strategy, ...]
+    gradients: tuple[Strategy, ...]
+    rate: tuple[Strategy, ...]
+
+    @classmethod
+    def of(cls, strategies: Mapping[str, Strategy]) -> Hooks:
+        """Only hooks that do something are called in every step."""
+
+        def having(hook: str) -> tuple[Strategy, ...]:
+            return tuple(
+                s for s in strategies.values() if getattr(type(s), hook) is not getattr(Strategy, hook)
+            )
+
+        return cls(*(having(hook) for hook in cls._fields))
 
 
 def only_one(strategies: Mapping[str, Strategy], hook: str, why: str) -> Strategy | None:

@@ -1,6 +1,6 @@
 """iCaRL: exemplars by herding, distillation, nearest-mean classification (Rebuffi et al. 2017, 1611.07725).
 
-Legend: B batch, C columns of logits, D width of the features, n examples of a class, K classes.
+Legend: B batch, C columns of logits, D width of the features, K classes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from cl_moe.errors import InputError
 from cl_moe.models.base import ContinualModel
 from cl_moe.seeds import derive_seed
 from cl_moe.strategies.base import Batch, Outlook, Setting, Step, Strategy, check_new_classes, tensor_bytes
+from cl_moe.strategies.herding import herd
 from cl_moe.strategies.memory import check_memory_size
 from cl_moe.strategies.passes import features_of
 from cl_moe.strategies.teacher import Teacher
@@ -152,21 +153,3 @@ class ICaRL(Strategy):
         """Bytes of exemplars, means and the teacher's own values."""
         kept = (self.exemplars, self.means, self.teacher.values)
         return tensor_bytes(*(value for part in kept for value in part.values()))
-
-
-def herd(features_nD: Tensor, count: int) -> Tensor:
-    """(min(count, n),) rows whose running mean stays nearest to the mean of all (algorithm 4), in order.
-
-    Features are normalised to length 1 first; means are not normalised again here. Ties go to the lower row.
-    """
-    unit_nD = F.normalize(features_nD.double(), dim=1)
-    mean_D, sum_D = unit_nD.mean(dim=0), torch.zeros_like(unit_nD[0])
-    free_n = torch.ones(len(unit_nD), dtype=torch.bool)
-    chosen: list[int] = []
-    for k in range(1, min(count, len(unit_nD)) + 1):
-        away_n = (mean_D - (sum_D + unit_nD) / k).square().sum(dim=1)
-        best = int(away_n.masked_fill(~free_n, torch.inf).argmin())
-        chosen.append(best)
-        free_n[best] = False
-        sum_D = sum_D + unit_nD[best]
-    return torch.tensor(chosen, dtype=torch.long)

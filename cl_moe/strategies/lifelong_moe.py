@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cl_moe.errors import InputError
+from cl_moe.models.base import ContinualModel
 from cl_moe.strategies.base import Step
+from cl_moe.strategies.passes import learning
 from cl_moe.strategies.teacher import DistillingStrategy, check_weight, squared_distance
+
+TRUNKS = ("free", "frozen")
 
 
 class LifelongMoE(DistillingStrategy):
@@ -20,14 +25,33 @@ class LifelongMoE(DistillingStrategy):
         temperature: of the distillation; the paper has 1.
         l2: weight of the squared distance to their old values of all parameters that existed and still learn:
             the trunk and what the router shares, under ``freeze=past_experts``; 0 for none.
+        trunk: ``"free"``, it goes on learning, as in the paper; ``"frozen"``, after the first experience
+            nothing learns outside expert layers and head.
     """
 
-    def __init__(self, strength: float = 1.0, temperature: float = 1.0, l2: float = 0.0) -> None:
+    takes_rows = True
+
+    def __init__(
+        self, strength: float = 1.0, temperature: float = 1.0, l2: float = 0.0, trunk: str = "free"
+    ) -> None:
         check_weight(strength, "strategy.lifelong_moe.strength")
         check_weight(temperature, "strategy.lifelong_moe.temperature", above=True)
         check_weight(l2, "strategy.lifelong_moe.l2")
+        if trunk not in TRUNKS:
+            key = "strategy.lifelong_moe.trunk"
+            raise InputError(got=f"trunk={trunk}", allowed=", ".join(TRUNKS), key=key)
         super().__init__(strength, temperature)
-        self.l2 = l2
+        self.l2, self.trunk = l2, trunk
+
+    def gradients(self, model: ContinualModel) -> None:
+        """What has no gradient, no optimizer moves: neither by momentum nor by decay."""
+        if self.trunk == "free" or not self.teacher:
+            return
+        kept = (model.head, *model.expert_layers.values())
+        learns = {id(parameter) for part in kept for parameter in part.parameters()}
+        for parameter in learning(model).values():
+            if id(parameter) not in learns:
+                parameter.grad = None
 
     def loss(self, step: Step) -> dict[str, Tensor]:
         """The distillation and, where asked for, the L2 term, from the second experience on."""

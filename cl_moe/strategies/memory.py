@@ -14,6 +14,7 @@ from torch import Tensor
 from cl_moe.errors import InputError
 from cl_moe.seeds import generator
 from cl_moe.strategies.base import Outlook, Strategy, tensor_bytes
+from cl_moe.stream import chunks
 
 
 class KeepsAll(Strategy):
@@ -120,6 +121,14 @@ class Reservoir:
         return tensor_bytes(*self.columns)
 
 
+def take_in(memory: Reservoir | ClassMemory, outlook: Outlook, purpose: str) -> None:
+    """Offer every training example of an experience to a memory, in an order drawn by ``purpose``."""
+    draw = generator(outlook.seed, outlook.experience.index, purpose)
+    for data in chunks(outlook.experience.train):
+        order = torch.randperm(len(data[0]), generator=draw)
+        memory.offer([column[order] for column in data], draw)
+
+
 class ClassMemory:
     """The same number of rows of every class seen so far, each class a reservoir of its own.
 
@@ -134,8 +143,12 @@ class ClassMemory:
         self.of_class: dict[int, Reservoir] = {}
         self._whole: list[Tensor] | None = None
 
-    def offer(self, inputs: Tensor, targets: Tensor, draw: torch.Generator) -> None:
+    def __len__(self) -> int:
+        return sum(len(memory) for memory in self.of_class.values())
+
+    def offer(self, data: Sequence[Tensor], draw: torch.Generator) -> None:
         """Offer rows in order; those of known classes make room for those of new ones."""
+        inputs, targets = data
         known = set(self.of_class)
         labels = [*self.of_class, *(c for c in targets.unique().tolist() if c not in known)]
         if len(labels) > self.size:

@@ -5,7 +5,7 @@ Legend: B batch, S positions, C columns of logits, D width of the features, n ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -121,12 +121,22 @@ def example_gradients(
             }
 
 
-def memory_gradient(outlook: Outlook, kept: Batch, draw: torch.Generator) -> dict[str, Tensor]:
+def memory_gradient(
+    outlook: Outlook, kept: Batch, draw: torch.Generator, names: Container[str] | None = None
+) -> dict[str, Tensor]:
     """The gradient of the task loss on kept examples, by name of what learns; empty if nothing is asked.
 
     The model answers as in an evaluation, so that looking back moves no running statistic.
+
+    Args:
+        outlook: whose model looks back.
+        kept: inputs and targets.
+        draw: for a model that draws what it is shown.
+        names: of the parameters that are asked for; None: of all that learn.
     """
-    parameters = learning(outlook.model)
+    parameters = {n: p for n, p in learning(outlook.model).items() if names is None or n in names}
+    if not parameters:
+        return {}
     with quiet(outlook.model), torch.enable_grad():
         loss = loss_of(outlook, *kept, lambda: draw)
         if loss is None:

@@ -8,45 +8,65 @@ import torch
 from torch import Tensor
 
 from cl_moe.errors import InputError
-from cl_moe.seeds import derive_seed, generator
+from cl_moe.seeds import derive_seed
 from cl_moe.strategies.base import Batch, Outlook, Setting, Strategy
-from cl_moe.strategies.memory import ClassMemory, Reservoir, check_memory_size
-from cl_moe.stream import chunks
+from cl_moe.strategies.herding import HerdedMemory
+from cl_moe.strategies.memory import ClassMemory, Reservoir, check_memory_size, take_in
 
+POLICIES = ("reservoir", "balanced", "herding")
 BALANCES = ("none", "class")
 KEY = "strategy.replay.memory_size"
+Memory = Reservoir | ClassMemory | HerdedMemory
 
 
 class Replay(Strategy):
-    """Adds examples of the past to every batch, from a memory filled by reservoir sampling (Vitter 1985).
+    """Adds examples of the past to every batch.
 
-    The memory takes in an experience after it was trained, each training example once, so that after n
-    examples each of them is in it with probability ``memory_size / n``, whatever the number of epochs. With
-    ``balance="class"`` every class seen so far has the same share of the memory, and a reservoir of its own.
+    They are from a memory that takes in an experience after it was trained, each training example once,
+    whatever the number of epochs. It is one of these:
+
+    - ``reservoir`` (Vitter 1985): of n examples each is in it with probability ``memory_size / n``;
+    - ``balanced``: every class so far has the same share of it, and a reservoir of its own;
+    - ``herding``: every class has the same share, those examples whose mean feature is next to the class's
+      (iCaRL's exemplars, 1611.07725; ``icarl`` is the whole method).
 
     Args:
         memory_size: examples kept (sequences, for language).
         share: replayed examples as a share of the batch that is trained on, in (0, 1): .5 adds as many old
             examples as there are new ones. A fraction that is no whole number of examples is met on average.
-        balance: ``"none"``, or ``"class"`` (classification only).
+        policy: ``"reservoir"``, ``"balanced"`` or ``"herding"``; the last two for classification only.
+        balance: an older name: ``"class"`` is ``policy="balanced"``.
     """
 
-    computes = False
-    reads_batches = True
-
-    def __init__(self, memory_size: int = 200, share: float = 0.5, balance: str = "none") -> None:
+    def __init__(
+        self, memory_size: int = 200, share: float = 0.5, policy: str = "reservoir", balance: str = "none"
+    ) -> None:
         check_memory_size(memory_size, KEY)
         if not 0 < share < 1:
             raise InputError(got=f"share={share}", allowed="between 0 and 1", key="strategy.replay.share")
-        if balance not in BALANCES:
-            allowed = ", ".join(BALANCES)
-            raise InputError(got=f"balance={balance}", allowed=allowed, key="strategy.replay.balance")
-        self.memory_size, self.share, self.balance = memory_size, share, balance
-        self._kept: Reservoir | ClassMemory = Reservoir(memory_size)
-        if balance == "class":
-            self._kept = ClassMemory(memory_size, KEY)
+        for name, choice, known in (("policy", policy, POLICIES), ("balance", balance, BALANCES)):
+            if choice not in known:
+                key = f"strategy.replay.{name}"
+                raise InputError(got=f"{name}={choice}", allowed=", ".join(known), key=key)
+        if balance == "class" and policy == "herding":
+            raise InputError(
+                got="balance=class beside policy=herding",
+                allowed="one of them: herding is balanced, too",
+                key="strategy.replay.balance",
+            )
+        self.memory_size, self.share = memory_size, share
+        self.policy = "balanced" if balance == "class" else policy
+        self.computes = self.policy == "herding"  # it asks the model for features
+        self.reads_batches = self.policy != "herding"
+        self._kept = self._empty()
         self._owed = 0.0
         self._draw = torch.Generator()
+
+    def _empty(self) -> Memory:
+        if self.policy == "reservoir":
+            return Reservoir(self.memory_size)
+        kind = ClassMemory if self.policy == "balanced" else HerdedMemory
+        return kind(self.memory_size, KEY)
 
     @property
     def memory(self) -> list[Tensor]:
@@ -60,13 +80,14 @@ class Replay(Strategy):
 
     def check(self, setting: Setting) -> None:
         """Classes are balanced where there are classes."""
-        if self.balance == "class" and setting.stream.kind == "language":
+        if self.policy != "reservoir" and setting.stream.kind == "language":
             raise InputError(
-                got=f"strategy.replay.balance=class on stream={setting.stream.name}, which has no classes",
-                allowed="strategy.replay.balance=none",
-                key="strategy.replay.balance",
+                got=f"strategy.replay.policy={self.policy} on stream={setting.stream.name}, "
+                "which has no classes",
+                allowed="strategy.replay.policy=reservoir",
+                key="strategy.replay.policy",
             )
-        if self.balance == "class" and self.memory_size < setting.stream.num_classes:
+        if self.policy != "reservoir" and self.memory_size < setting.stream.num_classes:
             raise InputError(
                 got=f"memory_size={self.memory_size} for {setting.stream.num_classes} classes",
                 allowed="at least one example for each",
@@ -90,14 +111,11 @@ class Replay(Strategy):
         return torch.cat([inputs, old_inputs]), torch.cat([targets, old_targets])
 
     def end(self, outlook: Outlook) -> None:
-        """Offer every training example of the experience to the memory, in random order."""
-        draw = generator(outlook.seed, outlook.experience.index, "reservoir")
-        for inputs, targets in chunks(outlook.experience.train):
-            order = torch.randperm(len(inputs), generator=draw)
-            if isinstance(self._kept, ClassMemory):
-                self._kept.offer(inputs[order], targets[order], draw)
-            else:
-                self._kept.offer([inputs[order], targets[order]], draw)
+        """Offer every training example of the experience to the memory."""
+        if isinstance(self._kept, HerdedMemory):
+            self._kept.take_in(outlook)
+        else:
+            take_in(self._kept, outlook, "reservoir")
 
     def state_dict(self) -> dict[str, Any]:
         """Memory with its counter; the draw."""
@@ -105,16 +123,17 @@ class Replay(Strategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
-        if ("classes" in state) != isinstance(self._kept, ClassMemory):
+        kind = "herding" if "herded" in state else "balanced" if "classes" in state else "reservoir"
+        if kind != self.policy:
             raise InputError(
-                got=f"balance={self.balance} that begins with a memory balanced otherwise",
-                allowed="the balance of the run that this one goes on from",
-                key="strategy.replay.balance",
+                got=f"policy={self.policy} that begins with a memory of policy={kind}",
+                allowed="the policy of the run that this one goes on from",
+                key="strategy.replay.policy",
             )
-        if isinstance(self._kept, ClassMemory):
-            self._kept.load_state_dict(state)
-        else:
+        if isinstance(self._kept, Reservoir):
             self._kept.load_state_dict(state, KEY)
+        else:
+            self._kept.load_state_dict(state)
         self._owed = state["owed"]
         self._draw.set_state(state["draw"])
 

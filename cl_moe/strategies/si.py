@@ -43,6 +43,7 @@ class SI(Strategy):
         self.start: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}  # values and gradients that the step under way began with
         self._slope: dict[str, Tensor] = {}
+        self._pulls, self._accumulate = 0, 1  # batches whose loss had the own term, of those of a step
         self._device = torch.device("cpu")
 
     def begin(self, outlook: Outlook) -> None:
@@ -52,10 +53,12 @@ class SI(Strategy):
         self.start = values_now(outlook.model)
         self.path = {name: torch.zeros_like(value) for name, value in self.start.items()}
         self._before, self._slope = {}, {}
+        self._pulls, self._accumulate = 0, outlook.accumulate
 
     def loss(self, step: Step) -> dict[str, Tensor]:
         """The pull to the old values, from the second experience on."""
         pull = self.anchors.penalty(step.model)
+        self._pulls += 1
         return {} if pull is None else {"si": self.strength * pull}
 
     @torch.no_grad()
@@ -63,12 +66,14 @@ class SI(Strategy):
         """The last step has been made and the next one is due: add up the one, note the other's start."""
         self._walk(model)
         self._before, self._slope = values_now(model), {}
+        # each batch's loss is divided by those of a whole step; the last group of an epoch may have fewer
+        own, self._pulls = 2 * self.strength * self._pulls / self._accumulate, 0
         for name, parameter in learning(model).items():
             if parameter.grad is not None:
                 slope = parameter.grad.clone()
                 if name in self.anchors.importance:
                     away = parameter - self.anchors.values[name]
-                    slope -= 2 * self.strength * self.anchors.importance[name] * away
+                    slope -= own * self.anchors.importance[name] * away
                 self._slope[name] = slope
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ class Teacher:
         self.values = {
             name: value.detach().clone() for name, value in model.state_dict().items() if name not in still
         }
-        self.num_classes = len(model.head.classes)
+        self.num_classes = len(model.head.arrived)
         sizes = {len(layer.cohorts) for layer in model.expert_layers.values()}
         if len(sizes) > 1:
             raise ValueError(f"expert layers with different numbers of cohorts: {sorted(sizes)}")

@@ -83,6 +83,7 @@ def walk() -> Callable[..., Iterator[Learner]]:
         spec = TrainerSpec(epochs=epochs, batch_size=8, accelerator="cpu")
         trainer = spec.build()
         learner = Learner(model, optimizer, strategies, stream)
+        learner.epochs = epochs
         learner.ledger += add_classes(model, stream.classes_at_start, seed=0)
         for experience in stream:
             census = take_census(model, experience.index, learner.ledger, {})
@@ -102,6 +103,7 @@ def walk() -> Callable[..., Iterator[Learner]]:
                 file.seek(0)
                 model, strategies = rebuild()
                 learner = Learner(model, optimizer, strategies, stream)
+                learner.epochs = epochs
                 learner.load_whole_state(torch.load(file, weights_only=True))
 
     return run

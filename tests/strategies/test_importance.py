@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -234,3 +235,29 @@ def test_what_cannot_be_is_refused(make, options: dict[str, Any], key: str) -> N
     with pytest.raises(InputError) as caught:
         make(**options)
     assert caught.value.key == key
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_the_own_pull_is_no_part_of_a_step_however_many_batches_it_had(
+    walk, new_model, new_stream, batches: int
+) -> None:
+    """Each batch's loss is divided by those of a whole step, of which the last of an epoch may have fewer."""
+    strategy = SI(strength=3.0)
+    learner = after_first(walk, new_model, new_stream, strategy)
+    learner.experience = new_stream()[1]
+    strategy.begin(dataclasses.replace(learner.outlook(), accumulate=2))
+    with torch.no_grad():
+        learner.model.stem.weight += 0.1
+    inputs, targets = (column[:4] for column in new_stream()[0].train.tensors)
+    task: dict[str, Tensor] = {}
+    learner.model.zero_grad()
+    for _ in range(batches):
+        logits, routings = learner.model(inputs)
+        loss = F.cross_entropy(logits, targets) / 2
+        for name, p in learner.model.named_parameters():
+            task[name] = task.get(name, 0) + torch.autograd.grad(loss, p, retain_graph=True)[0]
+        pull = strategy.loss(Step(learner.model, inputs, targets, None, logits, routings))["si"]
+        (loss + pull / 2).backward()
+    strategy.gradients(learner.model)
+    for name, slope in strategy._slope.items():
+        torch.testing.assert_close(slope, task[name], rtol=1e-4, atol=1e-6)

@@ -9,6 +9,7 @@ from torch.utils.data import TensorDataset
 
 from cl_moe.errors import InputError
 from cl_moe.strategies import Replay
+from cl_moe.strategies.herding import herd
 from cl_moe.stream import Experience, Stream
 
 SIZES = (10, 30, 20)
@@ -219,3 +220,41 @@ def test_a_larger_memory_cannot_be_fair_once_rows_were_let_go(outlook) -> None:
     larger = Replay(memory_size=90)
     larger.load_state_dict(whole.state_dict())
     assert members(larger) == members(whole)
+
+
+@pytest.mark.parametrize("policy", ["balanced", "herding"])
+def test_every_class_has_its_share_and_herded_ones_are_the_classes_means(
+    walk, new_model, new_stream, policy: str
+) -> None:
+    replay = Replay(memory_size=13, policy=policy)
+    offered: dict[int, list[list[float]]] = {}
+    for moment, learner in walk(new_model(), new_stream(), {"replay": replay}):
+        if moment == "adapted":
+            continue
+        inputs, targets = learner.experience.train.tensors
+        for label in learner.experience.classes:
+            offered[label] = inputs[targets == label].tolist()
+        count = replay.memory[1].bincount(minlength=len(offered)).tolist()
+        whole = policy == "herding"
+        assert count == [13 // len(offered) + (not whole and c < 13 % len(offered)) for c in offered]
+        for row, label in zip(*(column.tolist() for column in replay.memory), strict=True):
+            assert row in offered[label]
+        if whole:
+            label = learner.experience.classes[0]
+            pool = torch.tensor(offered[label])
+            model = learner.model.eval()
+            features = torch.relu(model.blocks[0](torch.relu(model.stem(pool)))[0])
+            model.train()
+            kept = replay.memory[0][replay.memory[1] == label]
+            expected = pool[herd(features.detach(), len(kept))]
+            assert torch.equal(kept, expected)
+
+
+def test_the_older_name_of_a_balanced_memory(outlook) -> None:
+    assert Replay(balance="class").policy == Replay(policy="balanced").policy == "balanced"
+    with pytest.raises(InputError, match="herding is balanced"):
+        Replay(balance="class", policy="herding")
+    with pytest.raises(InputError, match=r"strategy\.replay\.policy"):
+        Replay(policy="fifo")
+    with pytest.raises(InputError, match="policy=herding that begins with a memory of policy=reservoir"):
+        Replay(policy="herding").load_state_dict(filled(outlook, 10).state_dict())
