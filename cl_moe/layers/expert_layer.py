@@ -127,7 +127,7 @@ class ExpertLayer(nn.Module, ABC):
 
     def check_cohort(self, index: int) -> int:
         """``index`` itself, if there is such a cohort."""
-        if not 0 <= index < len(self.cohorts):
+        if not isinstance(index, int) or not 0 <= index < len(self.cohorts):
             raise InputError(
                 got=f"cohort {index}",
                 allowed=f"0 .. {len(self.cohorts) - 1}: the layer has {len(self.cohorts)} cohorts",

@@ -189,3 +189,10 @@ def test_a_router_of_another_width_is_refused_and_one_of_no_width_serves_all(
         torch.manual_seed(0)
         keys.append(MoE(D, 4, 8, made).cohorts[0].key)
     assert all(torch.equal(key, keys[0]) for key in keys)
+
+
+@pytest.mark.parametrize("cohorts", [[], [0, 0], [1], [-1], [0.5], ["0"], 0])
+def test_cohorts_that_there_are_not_are_named(cohorts: object):
+    with pytest.raises(InputError) as raised:
+        MoE(8, 4, 8)(torch.randn(3, 8), cohorts=cohorts)
+    assert raised.value.key == "cohorts"
