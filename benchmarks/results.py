@@ -13,8 +13,8 @@ An experiment of ``conf/experiment`` takes part if its first lines have a ``Clai
 A claim is an arm, a metric, ``below`` or ``above``, and another arm (with a metric of its own behind it, if
 that is another one) or a number, perhaps ``by`` a margin; there may be several. It is reproduced if the whole
 95% interval of the paired difference lies on the side that it names, beyond the margin, contradicted if all
-of it lies on the other side, and else not to be told at this scale. ``Figure`` is one of the comparison's
-(``forgetting_curves``). Lines go on behind three spaces; several commands are joined by ``&&``.
+of it lies on the other side, and else not to be told at this scale. ``Figure`` is one of the comparison's, or
+``stability_gap`` of the first claim's arm. Lines go on behind three spaces, commands behind ``&&``.
 
 Runs are kept in ``results/``, with an MLflow store of their own. Finished ones are not run again, and those
 that were stopped go on. A section between two marks of ``docs/RESULTS.md`` is written anew; all else there
@@ -45,7 +45,14 @@ from cl_moe.tracking.compare.table import head, main_metric, p_text, short, sign
 from cl_moe.tracking.store import open_store
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = ("forgetting_curves", "accuracy_matrix", "expert_load", "pareto", "forgetting_parts")
+FIGURES = (
+    "forgetting_curves",
+    "accuracy_matrix",
+    "expert_load",
+    "pareto",
+    "forgetting_parts",
+    "stability_gap",
+)
 FIELDS = ("Question", "Source", "Command", "Run time", "Full scale", "Claim", "Figure")
 _NEEDED = ("Question", "Source", "Command", "Run time", "Full scale")
 _FIELD = re.compile(rf"# ({'|'.join(FIELDS)}): +(.*)")
@@ -179,7 +186,7 @@ def section(named: Named, arms: Sequence[Arm], verdicts: Sequence[Verdict], main
     table = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
     return "\n".join(
         [
-            f"{about['Question']} ({about['Source']})",
+            f"{about['Question'][:1].upper()}{about['Question'][1:]} ({about['Source']})",
             "",
             *(f"- **{_sentence(one)}**: {_numbers(one.found)}" for one in verdicts),
             "",
@@ -187,7 +194,7 @@ def section(named: Named, arms: Sequence[Arm], verdicts: Sequence[Verdict], main
             "",
             f"![{about['Figure']}](images/results_{named.name}.png)",
             "",
-            f"`{about['Command']}` ({about['Run time']}). Full scale: {about['Full scale']}",
+            f"`{about['Command']}` ({about['Run time'].rstrip('.')}). Full scale: {about['Full scale']}",
         ]
     )
 
@@ -225,9 +232,11 @@ def write_up(named: Named, folder: Path, page: Path) -> list[Verdict]:
     verdicts = [judge(claim, arms) for claim in named.claims]
     main = main_metric(arms)
     page.parent.joinpath("images").mkdir(parents=True, exist_ok=True)
-    figure = Image.open(next(out.rglob(f"{named.about['Figure']}.png"))).convert("RGB")
+    first = next(arm.runs[0] for arm in arms if (arm.full or arm.name) == named.claims[0].arm)
+    found = [*out.rglob(name := f"{named.about['Figure']}.png"), Path(first.artifacts) / name]
+    figure = Image.open(found[0]).convert("RGB")
     figure.thumbnail((WIDTH, 10 * WIDTH), Image.Resampling.LANCZOS)
-    figure.quantize(64).save(page.parent / "images" / f"results_{named.name}.png", optimize=True)
+    figure.quantize(256).save(page.parent / "images" / f"results_{named.name}.png", optimize=True)
     text = page.read_text(encoding="utf-8") if page.exists() else "# Results\n"
     page.write_text(put(text, named.name, section(named, arms, verdicts, main)), encoding="utf-8")
     return verdicts
