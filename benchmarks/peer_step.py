@@ -12,7 +12,7 @@ written and read, and weights and both moments read and written, over the bandwi
 
     pip install -e .[bench]
     python benchmarks/peer_step.py [--sizes 128 256 512 1024] [--repetitions 3] [--steps 5]
-        [--only NAME ...] [--threads 2] [--clock wall|cpu]
+        [--only NAME ...] [--dim 256] [--threads 2] [--clock wall|cpu]
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from cl_moe.layers import PEER
 from cl_moe.memory import PeakMemory, readable
 from cl_moe.optim import Adagrad, AdamW, OptimizerSpec
 
-DIM, HEADS, K, TOKENS = 256, 8, 16, 1024
+HEADS, K, TOKENS = 8, 16, 1024
 LR = 1e-3
 LIMITS = {128: 4.0, 1024: 7.0}  # how many times faster than the peer with Adam
 BEST_LIMIT, MEMORY_LIMIT = 2.0, 1.2
@@ -77,9 +77,9 @@ class Contender:
 class Ours(nn.Module):
     """A layer's output without its routing, which is kept for a look."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        self.layer = PEER(DIM, size * size, heads=HEADS, k=K)
+        self.layer = PEER(dim, size * size, heads=HEADS, k=K)
         self.expert = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,18 +89,18 @@ class Ours(nn.Module):
         return out
 
 
-def ours(size: int, spec: OptimizerSpec) -> Contender:
+def ours(size: int, dim: int, spec: OptimizerSpec) -> Contender:
     """The layer of this package."""
-    layer = Ours(size)
+    layer = Ours(size, dim)
     return Contender(layer, spec.build(layer.named_parameters()), lambda: int(layer.expert.unique().numel()))
 
 
-def theirs(size: int, kind: str) -> Contender:
+def theirs(size: int, dim: int, kind: str) -> Contender:
     """``PEER-pytorch`` with torch's optimizers; its sparse form has SparseAdam for the two tables."""
     import PEER_pytorch
 
     layer = PEER_pytorch.PEER(
-        DIM, heads=HEADS, num_experts=size * size, num_experts_per_head=K, non_competing_scores=False
+        dim, heads=HEADS, num_experts=size * size, num_experts_per_head=K, non_competing_scores=False
     )
     seen: list[Tensor] = []
     layer.weight_down_embed.register_forward_pre_hook(lambda _, inputs: seen.__setitem__(slice(None), inputs))
@@ -130,13 +130,13 @@ class _Together:
             one.zero_grad()
 
 
-CONTENDERS: dict[str, Callable[[int], Contender]] = {
-    "cl-moe": lambda size: ours(size, AdamW(lr=LR)),
-    "cl-moe, rows=dense": lambda size: ours(size, AdamW(lr=LR, rows="dense")),
-    "cl-moe, adagrad": lambda size: ours(size, Adagrad(lr=LR)),
-    "PEER-pytorch, Adam": lambda size: theirs(size, "adam"),
-    "PEER-pytorch, fused Adam": lambda size: theirs(size, "fused"),
-    "PEER-pytorch, SparseAdam": lambda size: theirs(size, "sparse"),
+CONTENDERS: dict[str, Callable[[int, int], Contender]] = {
+    "cl-moe": lambda size, dim: ours(size, dim, AdamW(lr=LR)),
+    "cl-moe, rows=dense": lambda size, dim: ours(size, dim, AdamW(lr=LR, rows="dense")),
+    "cl-moe, adagrad": lambda size, dim: ours(size, dim, Adagrad(lr=LR)),
+    "PEER-pytorch, Adam": lambda size, dim: theirs(size, dim, "adam"),
+    "PEER-pytorch, fused Adam": lambda size, dim: theirs(size, dim, "fused"),
+    "PEER-pytorch, SparseAdam": lambda size, dim: theirs(size, dim, "sparse"),
 }
 
 
@@ -151,17 +151,17 @@ def bandwidth() -> float:
     return 2 * source.numel() * source.element_size() / statistics.median(seconds)
 
 
-def work(name: str, size: int, steps: int, threads: int, clock: str) -> dict[str, Any]:
+def work(asked: argparse.Namespace) -> dict[str, Any]:
     """What one process measures; the first step, which fills the optimizer's state, is not timed."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
     peak = PeakMemory()
     peak.start()
-    contender = CONTENDERS[name](size)
+    contender = CONTENDERS[asked.work](asked.sizes[0], asked.dim)
     weights = sum(p.numel() * p.element_size() for p in contender.layer.parameters())
     parts: Parts = {part: [] for part in ("forward", "backward", "optimizer", "step")}
-    for index in range(steps + 1):
-        contender.step(torch.randn(1, TOKENS, DIM), parts, CLOCKS[clock])
+    for index in range(asked.steps + 1):
+        contender.step(torch.randn(1, TOKENS, asked.dim), parts, CLOCKS[asked.clock])
         if index == 0:
             parts = {part: [] for part in parts}
     held = peak.bytes()
@@ -173,18 +173,20 @@ def work(name: str, size: int, steps: int, threads: int, clock: str) -> dict[str
 def measure(name: str, size: int, asked: argparse.Namespace) -> dict[str, Any]:
     """The same in a process of its own."""
     command = [sys.executable, __file__, "--work", name, "--sizes", str(size), "--steps", str(asked.steps)]
-    command += ["--threads", str(asked.threads), "--clock", asked.clock]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout)
+    command += ["--threads", str(asked.threads), "--clock", asked.clock, "--dim", str(asked.dim)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    parts = {part: round(statistics.median(times), 3) for part, times in found["parts"].items()}
+    print(f"{size} x {size}, {name}: {parts}, {readable(found['peak'])}", file=sys.stderr)
+    return found
 
 
-def floor(touched: int, bytes_per_second: float) -> float:
+def floor(touched: int, dim: int, bytes_per_second: float) -> float:
     """Seconds that the touched rows of both tables take to move: see above."""
     moves = 2 + 1 + 1 + 6
-    return 2 * touched * DIM * 4 * moves / bytes_per_second
+    return 2 * touched * dim * 4 * moves / bytes_per_second
 
 
-def show(size: int, found: dict[str, list[dict[str, Any]]]) -> bool:
+def show(size: int, dim: int, found: dict[str, list[dict[str, Any]]]) -> bool:
     """Print one table; whether every limit holds."""
     medians = {
         name: {
@@ -208,7 +210,7 @@ def show(size: int, found: dict[str, list[dict[str, Any]]]) -> bool:
             f"{statistics.median(run['touched'] for run in runs):.0f}",
         )
     speed = statistics.median(run["bandwidth"] for runs in found.values() for run in runs)
-    least = floor(found[first][0]["touched"], speed)
+    least = floor(found[first][0]["touched"], dim, speed)
     table.add_row(f"floor at {speed / 1e9:.1f} GB/s", "", "", "", f"{least:.3f}", "", "", "", "")
     Console(width=130).print(table)
     return _verdicts(size, found, medians)
@@ -248,12 +250,13 @@ def main() -> int:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS))
+    parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--work", metavar="NAME", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.work:
-        print(json.dumps(work(asked.work, asked.sizes[0], asked.steps, asked.threads, asked.clock)))
+        print(json.dumps(work(asked)))
         return 0
     good = True
     for size in asked.sizes:
@@ -261,7 +264,7 @@ def main() -> int:
         for _ in range(asked.repetitions):
             for name in found:
                 found[name].append(measure(name, size, asked))
-        good &= show(size, found)
+        good &= show(size, asked.dim, found)
     return 0 if good else 1
 
 

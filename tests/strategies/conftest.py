@@ -77,9 +77,10 @@ def walk() -> Callable[..., Iterator[Learner]]:
         epochs: int = 2,
         lr: float = 0.1,
         momentum: float = 0.0,
+        rows: str = "auto",
         rebuild: Callable[[], tuple[ContinualModel, dict[str, Strategy]]] | None = None,
     ) -> Iterator[tuple[str, Learner]]:
-        optimizer = SGD(lr=lr, momentum=momentum, state="carry")
+        optimizer = SGD(lr=lr, momentum=momentum, state="carry", rows=rows)
         spec = TrainerSpec(epochs=epochs, batch_size=8, accelerator="cpu")
         trainer = spec.build()
         learner = Learner(model, optimizer, strategies, stream)
