@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PORTION_BYTES = 2**20
+_PORTION_BYTES = 2**19
 State = dict[str, Any]
 
 
@@ -63,8 +63,9 @@ class AdamRows(RowRule):
         state["step"] = step_N = _by_row(state.get("step"), table_ND)
         step_N[row_U] += 1
         step_U, (beta1, beta2), lr = step_N[row_U].double(), group["betas"], group["lr"]
-        size_U1 = (-lr / (1 - beta1**step_U)).to(table_ND).unsqueeze(1)
-        root_U1 = (1 - beta2**step_U).sqrt().to(table_ND).unsqueeze(1)
+        root_U = (1 - beta2**step_U).sqrt()
+        size_U1 = (-lr * root_U / (1 - beta1**step_U)).to(table_ND).unsqueeze(1)
+        eps_U1 = (group["eps"] * root_U).to(table_ND).unsqueeze(1)
         for part in portions(grad_UD):
             row_B, grad_BD = row_U[part], grad_UD[part]
             mean_BD = state["exp_avg"].index_select(0, row_B).lerp_(grad_BD, 1 - beta1)
@@ -72,7 +73,7 @@ class AdamRows(RowRule):
             square_BD = state["exp_avg_sq"].index_select(0, row_B).mul_(beta2)
             square_BD.addcmul_(grad_BD, grad_BD, value=1 - beta2)
             state["exp_avg_sq"].index_copy_(0, row_B, square_BD)
-            below_BD = square_BD.sqrt_().div_(root_U1[part]).add_(group["eps"])
+            below_BD = square_BD.sqrt_().add_(eps_U1[part])  # both corrections stand in size and eps
             value_BD = table_ND.index_select(0, row_B).mul_(1 - lr * group["weight_decay"])
             table_ND.index_copy_(0, row_B, value_BD.addcdiv_(mean_BD.mul_(size_U1[part]), below_BD))
 
@@ -124,7 +125,7 @@ class AdagradRows(RowRule):
 
 
 def portions(rows_UD: Tensor) -> Iterator[slice]:
-    """Slices of rows, each of about a megabyte."""
+    """Slices of rows, each of about half a megabyte."""
     size = max(1, _PORTION_BYTES // max(1, rows_UD.shape[1] * rows_UD.element_size()))
     for start in range(0, rows_UD.shape[0], size):
         yield slice(start, start + size)
