@@ -56,11 +56,11 @@ def _places(
     if firsts is None:  # which shells a row or column is of is a question for each side
         starts = torch.tensor([cohort.rows.start for cohort in cohorts], device=device)
         at_QSK = torch.stack(shell_coordinates(expert_QK), dim=1)
-        own_QSK = torch.bucketize(at_QSK, starts[1:], right=True)
+        own_QSK = _group(at_QSK, starts)
         at_QSK -= starts[own_QSK]
     else:
         starts = torch.tensor(firsts, device=device)
-        own_QK = torch.bucketize(expert_QK, starts[1:], right=True)
+        own_QK = _group(expert_QK, starts)
         at_QSK = torch.stack(shell_coordinates(expert_QK - starts[own_QK]), dim=1)
         own_QSK = own_QK.unsqueeze(1)
     length_QSK = lengths[own_QSK]
@@ -70,6 +70,13 @@ def _places(
         head_Q = torch.arange(expert_QK.shape[0], device=device) % heads
         at_QSK += 2 * length_QSK * head_Q[:, None, None]
     return at_QSK
+
+
+def _group(value: Tensor, starts: Tensor) -> Tensor:
+    """Which of the groups that begin at ``starts`` each value is in."""
+    if starts.numel() == 1:
+        return torch.zeros_like(value)
+    return torch.bucketize(value, starts[1:], right=True)
 
 
 class _Score(torch.autograd.Function):

@@ -16,8 +16,8 @@ def top_k_first(score_RN: Tensor, k: int, rank_RN: Tensor | None = None) -> Tens
     """(R, k) int64: positions of the k highest scores, best first; among equals the lower rank wins.
 
     ``torch.topk`` promises nothing about equals. In float32 the score's bits and the rank make one int64 key
-    without equals, and ``topk`` of the keys is exact (and no slower); other dtypes take stable sorts. Of many
-    scores on a CPU only those of promising groups are looked at (``_by_groups``); the choice is the same.
+    without equals, and ``topk`` of the keys is exact; other dtypes take stable sorts. On a CPU only rows in
+    which two of the k + 1 best are equal are searched so: the others leave nothing to a rule.
 
     Args:
         score_RN: (R, N) floating, no NaN.
@@ -30,19 +30,48 @@ def top_k_first(score_RN: Tensor, k: int, rank_RN: Tensor | None = None) -> Tens
     tensor([[2, 1]])
     """
     score_RN = score_RN.detach()
-    if rank_RN is None and _groups_pay(score_RN, k):
-        return _by_groups(score_RN, k)
-    return _ranked(score_RN, k, rank_RN)
+    if not _is_quick(score_RN):
+        return _ranked(score_RN, k, rank_RN)
+    pick = _by_groups if score_RN.shape[1] >= _GROUP * 2 * (k + 1) else _of_all
+    best_RB, at_RB = pick(score_RN, min(k + 1, score_RN.shape[1]))
+    at_RK, tied_R = at_RB[:, :k], (best_RB[:, 1:] == best_RB[:, :-1]).any(dim=1)
+    if bool(tied_R.any()):  # seldom; where the k + 1 best all differ, nothing is left to a rule for ties
+        rank = rank_RN[tied_R] if rank_RN is not None and rank_RN.dim() == 2 else rank_RN
+        at_RK[tied_R] = _ranked(score_RN[tied_R], k, rank)
+    return at_RK
+
+
+def _is_quick(score_RN: Tensor) -> bool:
+    """Whether to look at ties costs nothing: a device would have to be waited for."""
+    return score_RN.dtype == torch.float32 and score_RN.is_cpu and not torch.compiler.is_compiling()
+
+
+def _of_all(score_RN: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """(R, num) ordered bits of the best, best first, and where they stand; equals in any order."""
+    return tuple(_ordered_bits(score_RN).topk(num, dim=1))  # of integers it is quicker than of floats
+
+
+def _by_groups(score_RN: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The same where N is large: the best stand in as many groups, those of the highest maxima."""
+    num_rows, num_all = score_RN.shape
+    num_groups = -(-num_all // _GROUP)
+    if num_all % _GROUP:
+        missing = num_groups * _GROUP - num_all
+        score_RN = nn.functional.pad(score_RN, (0, missing), value=-torch.inf)
+    score_RgG = score_RN.view(num_rows, _GROUP, num_groups)  # a group is a column: quick to reduce
+    group_RB = _of_all(score_RgG.amax(dim=1), num)[1]
+    candidate_RC = score_RgG.gather(2, group_RB.unsqueeze(1).expand(-1, _GROUP, -1)).reshape(num_rows, -1)
+    best_RB, place_RB = _of_all(candidate_RC, num)
+    return best_RB, (place_RB // num) * num_groups + group_RB.gather(1, place_RB % num)
 
 
 def _ranked(score_RN: Tensor, k: int, rank_RN: Tensor | None) -> Tensor:
+    """By keys without equals, of the score's bits and the rank."""
     if score_RN.dtype != torch.float32:
         return _by_sorting(score_RN, k, rank_RN)
     if rank_RN is None:
         rank_RN = torch.arange(score_RN.shape[1], device=score_RN.device)
-    bits_RN = (score_RN + 0.0).view(torch.int32)  # + 0.0: minus zero equals zero
-    bits_RN ^= (bits_RN >> 31).bitwise_and_(0x7FFFFFFF)  # integers in the order of the floats
-    key_RN = bits_RN.long().bitwise_left_shift_(32).bitwise_or_(_MAX_RANK - rank_RN)
+    key_RN = _ordered_bits(score_RN).long().bitwise_left_shift_(32).bitwise_or_(_MAX_RANK - rank_RN)
     return key_RN.topk(k, dim=-1).indices
 
 
@@ -54,32 +83,8 @@ def _by_sorting(score_RN: Tensor, k: int, rank_RN: Tensor | None) -> Tensor:
     return by_rank_RN.gather(1, order_RN[:, :k])
 
 
-def _groups_pay(score_RN: Tensor, k: int) -> bool:
-    """Whether the candidates of k + 1 groups are few; elsewhere than on a CPU a look at ties would wait."""
-    many = score_RN.shape[1] >= _GROUP * 2 * (k + 1)
-    return many and score_RN.shape[0] > 0 and score_RN.is_cpu and not torch.compiler.is_compiling()
-
-
-def _by_groups(score_RN: Tensor, k: int) -> Tensor:
-    """The same where N is large: the k + 1 best stand in the k + 1 groups of the highest maxima.
-
-    Where these k + 1 differ from each other, nothing is left to a rule for ties; the rows in which two of
-    them are equal are searched whole.
-    """
-    num_rows, num = score_RN.shape
-    num_groups = -(-num // _GROUP)
-    if num % _GROUP:
-        missing = num_groups * _GROUP - num
-        score_RN = nn.functional.pad(score_RN, (0, missing), value=-torch.inf)
-    score_RgG = score_RN.view(
-        num_rows, _GROUP, num_groups
-    )  # a group is a column: its maximum needs no shuffling
-    group_RB = score_RgG.amax(dim=1).topk(k + 1, dim=1).indices
-    candidate_RC = score_RgG.gather(2, group_RB.unsqueeze(1).expand(-1, _GROUP, -1)).reshape(num_rows, -1)
-    best_RB, place_RB = candidate_RC.topk(k + 1, dim=1)
-    group_RB, member_RB = group_RB.gather(1, place_RB % (k + 1)), place_RB // (k + 1)
-    at_RK = (member_RB * num_groups + group_RB)[:, :k]
-    tied_R = (best_RB[:, 1:] == best_RB[:, :-1]).any(dim=1)
-    if bool(tied_R.any()):
-        at_RK[tied_R] = _ranked(score_RN[tied_R][:, :num], k, None)
-    return at_RK
+def _ordered_bits(score: Tensor) -> Tensor:
+    """int32 in the order of the float32 scores, equal where they are."""
+    bits = (score + 0.0).view(torch.int32)  # + 0.0: minus zero equals zero
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
+    return bits
