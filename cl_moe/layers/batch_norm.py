@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_moe.layers.precision import wide
-from cl_moe.layers.ranks import sum_over_ranks
+from cl_moe.layers.ranks import several_ranks, sum_over_ranks
 from cl_moe.layers.recomputing import recomputing
 
 
@@ -46,12 +46,28 @@ class MaskedBatchNorm(nn.Module):
     def forward(self, x_TF: Tensor, valid_T: Tensor | None = None) -> Tensor:
         """(T, F) normalised, scaled and shifted; ``valid_T`` is False on padding."""
         x_TF = wide(x_TF)
+        if valid_T is None and self._is_plain(x_TF):
+            return self._plain(x_TF)
         if self.training and not self.statistics_frozen:
             mean_F, var_F = self._batch_statistics(x_TF, valid_T)
         else:
             mean_F, var_F = self.running_mean, self.running_var
         scale_F = wide(self.weight) * (wide(var_F) + self.eps).rsqrt()
         return (x_TF - wide(mean_F)) * scale_F + wide(self.bias)
+
+    def _is_plain(self, x_TF: Tensor) -> bool:
+        """Whether torch's own kernel, several times as fast, computes the same."""
+        moves = self.training and not self.statistics_frozen and len(x_TF) >= 2
+        known = self.weight.dtype == x_TF.dtype and not torch.compiler.is_compiling()
+        return moves and known and not several_ranks()
+
+    def _plain(self, x_TF: Tensor) -> Tensor:
+        running = self.running_mean, self.running_var
+        if recomputing():  # the kernel keeps them for its gradient: they are needed, but shall not move
+            running = running[0].clone(), running[1].clone()
+        return nn.functional.batch_norm(
+            x_TF, *running, self.weight, self.bias, training=True, momentum=self.momentum, eps=self.eps
+        )
 
     def _batch_statistics(self, x_TF: Tensor, valid_T: Tensor | None) -> tuple[Tensor, Tensor]:
         real_T1 = torch.ones_like(x_TF[:, :1]) if valid_T is None else valid_T.unsqueeze(-1).to(x_TF.dtype)

@@ -9,12 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def several_ranks() -> bool:
+    """Whether other ranks run beside this one."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of every rank's ``x``, on every rank; differentiable, right where ranks average gradients.
 
     Every rank must call it the same number of times, so layers do so only while training.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not several_ranks():
         return x
     return _SumOverRanks.apply(x)
 

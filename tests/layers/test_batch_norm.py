@@ -22,6 +22,24 @@ def test_equals_torch_on_the_real_tokens(dtype):
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_padding_torchs_kernel_computes_what_ours_does(dtype):
+    torch.manual_seed(0)
+    fast, slow = (MaskedBatchNorm(6).to(dtype) for _ in range(2))
+    for step in range(3):
+        x = (torch.randn(20, 6, dtype=dtype) * 3 + step).requires_grad_()
+        outs = fast(x), slow(x, torch.ones(20, dtype=torch.bool))
+        torch.testing.assert_close(*outs)
+        grads = [
+            torch.autograd.grad(y.sin().sum(), [x, n.weight, n.bias])
+            for y, n in zip(outs, (fast, slow), strict=True)
+        ]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    for name, value in fast.state_dict().items():
+        torch.testing.assert_close(value, slow.state_dict()[name])
+
+
 def test_fewer_than_two_real_tokens_use_and_leave_the_running_statistics():
     norm = MaskedBatchNorm(4)
     norm(torch.randn(10, 4) * 2 + 1)
