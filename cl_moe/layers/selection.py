@@ -48,7 +48,8 @@ def _is_quick(score_RN: Tensor) -> bool:
 
 def _of_all(score_RN: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """(R, num) ordered bits of the best, best first, and where they stand; equals in any order."""
-    return tuple(_ordered_bits(score_RN).topk(num, dim=1))  # of integers it is quicker than of floats
+    best = _ordered_bits(score_RN).topk(num, dim=1)  # of integers it is quicker than of floats
+    return best.values, best.indices
 
 
 def _by_groups(score_RN: Tensor, num: int) -> tuple[Tensor, Tensor]:
