@@ -37,7 +37,13 @@ _OWN = ("resume", "auto_resume", "output_dir", "hydra", "branch", "reproduce")
 _NEVER_INHERITED = (*_OWN, "upcycle", "upcycle_noise")
 CUMULATIVE = "eval.cumulative"
 """Names a run that this one is compared with."""
-_STUDENT = {"layer": "dense", "growth": "never", "freeze": "never", "strategy": "distill_from"}
+_STUDENT = {
+    "layer": "dense",
+    "growth": "never",
+    "freeze": "never",
+    "prune": "never",
+    "strategy": "distill_from",
+}
 """What a student has instead of its teacher's, unless it is given."""
 _SAME_ARM = (*_OWN, "checkpoint", "eval", "tracking", "seed", "mlflow_experiment")
 

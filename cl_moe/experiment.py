@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cl_moe.evaluation import evaluate, rewind
-from cl_moe.foresight import census_of, record_shock, tell_decision
+from cl_moe.foresight import census_of, deciding, record_shock, tell_decision
 from cl_moe.growth.adapt import adapt
 from cl_moe.plasticity import observe
 from cl_moe.reading import read
@@ -34,10 +34,10 @@ def run_experiment(run: Run) -> float:
 
 def grow_and_freeze(run: Run, experience: Experience) -> None:
     """Adapt the model to what comes, as schedule and policy decide; measure the shock (of upcycling, too)."""
-    learner, seen, classes = run.learner, run.stream[: experience.index], experience.classes
+    learner, seen = run.learner, run.stream[: experience.index]
     with learner.charges.account("train"), learner.charges.counting():
         census = census_of(run, experience)
-        learner.ledger += adapt(learner.model, census, run.growth, run.freeze, classes, run.seed_init)
+        learner.ledger += adapt(learner.model, census, *deciding(run, experience))
     if tell_decision(run, experience):
         with learner.charges.account("diagnostics"):
             record_shock(run, evaluate(run.trainer, learner, seen, run.spec.eval_batch_size))

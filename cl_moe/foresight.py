@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import lightning as L  # noqa: N812
@@ -11,7 +12,7 @@ from torch import Tensor
 from cl_moe.anytime import untouched
 from cl_moe.batches import order_of, padding_mask
 from cl_moe.evaluation import Evaluation
-from cl_moe.growth import Census, Looks
+from cl_moe.growth import Census, FreezePolicy, GrowthSchedule, Looks, PrunePolicy
 from cl_moe.growth.adapt import CHANGING, take_census
 from cl_moe.learner import Learner
 from cl_moe.seeds import generator
@@ -30,6 +31,10 @@ class Run(Protocol):
     spec: TrainerSpec
     trainer: L.Trainer
     tracker: Tracker
+    growth: GrowthSchedule
+    freeze: FreezePolicy
+    prune: PrunePolicy
+    seed_init: int
     seed_data: int
 
 
@@ -87,13 +92,37 @@ def _losses(
     return learner.scoring.losses(logits, targets).cpu()
 
 
+def deciding(
+    run: Run, experience: Experience
+) -> tuple[GrowthSchedule, FreezePolicy, Sequence[int], int, PrunePolicy]:
+    """What decides beside the census, as ``adapt`` takes it."""
+    return run.growth, run.freeze, experience.classes, run.seed_init, run.prune
+
+
 def tell_decision(run: Run, experience: Experience) -> bool:
     """Tell the tracker what the schedule looked at; whether the model now answers the past otherwise."""
-    measured, index = run.measured, experience.index
-    measured.ledger = run.learner.ledger
+    measured, learner, index = run.measured, run.learner, experience.index
+    measured.ledger = learner.ledger
     run.tracker.add(names.decision_points(measured, index), index)
-    now = {event["act"] for event in measured.ledger if event["experience"] == index}
-    return index > 0 and not now.isdisjoint(CHANGING)
+    now = [event for event in learner.ledger if event["experience"] == index]
+    for event in now:
+        if event["act"] == "recycle":
+            _begin_anew(learner, event["layer"], event["experts"])
+    return index > 0 and not {event["act"] for event in now}.isdisjoint(CHANGING)
+
+
+def _begin_anew(learner: Learner, layer: int, experts: Sequence[int]) -> None:
+    """Recycled experts have neither a past nor moments in the optimizer."""
+    learner.trace.forget(layer, experts)
+    body = learner.model.expert_layers[layer]
+    names_of = {id(parameter): name for name, parameter in learner.named_parameters()}
+    for index, cohort in enumerate(body.cohorts):
+        first = sum(body.cohort_sizes[:index])
+        rows = [expert - first for expert in experts if body.cohort_of(expert) == index]
+        for parameter in cohort.parameters() if rows else ():
+            for value in learner.optimizer_state.get(names_of[id(parameter)], {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value[rows] = 0.0
 
 
 def record_shock(run: Run, after: Evaluation) -> None:

@@ -31,7 +31,9 @@ from cl_moe.upcycling import Upcycled
 from cl_moe.words import key_of
 
 # What never makes another arm: where and when it ran, which seeds, and the groups that are named anyway.
-NOT_ARM = tuple(f"{group}=" for group in ("stream", "layer", "router", "growth", "freeze", "strategy"))
+NOT_ARM = tuple(
+    f"{group}=" for group in ("stream", "layer", "router", "growth", "freeze", "prune", "strategy")
+)
 NOT_ARM += ("seed.", "tracking", "output_dir=", "resume=", "objective=", "checkpoint.", "eval.", "hydra")
 NOT_ARM += (
     "arm=",
@@ -105,6 +107,7 @@ def build(config: DictConfig, original: reproducing.Original | None = None) -> R
         learner,
         growth=instantiate(config.growth),
         freeze=instantiate(config.freeze),
+        prune=instantiate(config.prune),
         spec=spec,
         tracker=instantiate(config.tracking),
         folder=folder,
@@ -187,7 +190,9 @@ def arm_name(labels: Mapping[str, str], overrides: list[str]) -> str:
     'peer at lwf strategy.lwf.alpha=2'
     """
     layer = f"moe {labels['router']}" if labels["layer"] == "moe" else labels["layer"]
-    chosen = [labels[group] for group in ("growth", "freeze") if labels[group] != "never"]
+    chosen = [
+        labels[group] for group in ("growth", "freeze", "prune") if labels.get(group, "never") != "never"
+    ]
     ignored = NOT_ARM if labels["layer"] == "moe" else (*NOT_ARM, "router.")
     others = sorted(o for o in overrides if not o.lstrip("+~").startswith(ignored))
     return " ".join([layer, *chosen, labels["strategy"], *others])

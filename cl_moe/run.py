@@ -20,9 +20,9 @@ from cl_moe.batches import training_loader
 from cl_moe.checkpoint import Branch, Checkpoints, Moment
 from cl_moe.cost import CostMeter
 from cl_moe.evaluation import Evaluation, enter
-from cl_moe.growth import FreezePolicy, GrowthSchedule, Trace
+from cl_moe.growth import FreezePolicy, GrowthSchedule, NeverPrune, PrunePolicy, Trace
 from cl_moe.growth.adapt import add_classes
-from cl_moe.growth.checks import check_growth
+from cl_moe.growth.checks import check_growth, check_prune
 from cl_moe.learner import Learner
 from cl_moe.measuring import Measuring, Past
 from cl_moe.progress import StreamProgress
@@ -54,6 +54,7 @@ class Run:
         seed_init: newborns are drawn from it.
         seed_data: orders of batches are drawn from it.
         objective: metric key whose last value the experiment returns.
+        prune: what ends.
         checkpoints: when to save inside an experience, and what is kept.
         measuring: what is measured beside the accuracy matrix.
         budget: what may be spent.
@@ -75,6 +76,7 @@ class Run:
     seed_init: int = 0
     seed_data: int = 0
     objective: str = "stream/average_accuracy"
+    prune: PrunePolicy = field(default_factory=NeverPrune)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     measuring: Measuring = field(default_factory=Measuring)
     budget: Budget = field(default_factory=Budget)
@@ -107,7 +109,8 @@ class Run:
         self.watchdog = Watchdog(self.spec.stall_minutes)
         size = self.spec.eval_batch_size
         self.anytime = Anytime(self.learner, self.stream, self.measuring, size, self.watchdog.alive)
-        self.learner.trace = Trace(self.growth.looks | self.freeze.looks)
+        check_prune(self.learner.model, self.prune)
+        self.learner.trace = Trace(self.growth.looks | self.freeze.looks | self.prune.looks)
         self.learner.note, self.learner.tick = self.tracker.add, self._tick
         self.learner.epochs = self.spec.epochs
         self.learner.between_steps, self.learner.between_tests = self._between_steps, self._between_tests

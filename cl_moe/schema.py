@@ -13,7 +13,18 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from cl_moe.errors import InputError
 
-GROUPS = ("stream", "model", "layer", "router", "growth", "freeze", "optimizer", "trainer", "tracking")
+GROUPS = (
+    "stream",
+    "model",
+    "layer",
+    "router",
+    "growth",
+    "freeze",
+    "prune",
+    "optimizer",
+    "trainer",
+    "tracking",
+)
 TOP = {
     "arm",
     "objective",

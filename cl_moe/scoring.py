@@ -69,7 +69,7 @@ class Scoring:
             return _window_losses(logits, targets)
         column_B = self.column_of_class[targets]
         loss_B = torch.full(targets.shape, math.inf, dtype=torch.float64, device=logits.device)
-        known_B = column_B >= 0
+        known_B = (column_B >= 0) & (column_B < self._arrived)  # rows may stand ahead of their classes
         if bool(known_B.any()):
             own_BC = self.own_task(logits, targets)[known_B].double()
             loss_B[known_B] = F.cross_entropy(own_BC, column_B[known_B], reduction="none")

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cl_moe.checkpoint import Checkpoints
 from cl_moe.errors import InputError
-from cl_moe.growth import FreezePolicy, GrowthBudget, GrowthSchedule
+from cl_moe.growth import FreezePolicy, GrowthBudget, GrowthSchedule, PrunePolicy
 from cl_moe.layers.expert_layer import ExpertLayer
 from cl_moe.layers.retrieval import Retrieval
 from cl_moe.layers.routers import Capacity, Router, Scores
@@ -32,7 +32,18 @@ from cl_moe.trainer import TrainerSpec
 
 PARTS: tuple[type, ...] = (
     *(Stream, ContinualModel, ExpertLayer, Router, Scores, Capacity, GrowthSchedule, FreezePolicy),
-    *(Budget, GrowthBudget, Retrieval, Strategy, OptimizerSpec, TrainerSpec, Tracker, Checkpoints, Measuring),
+    *(
+        Budget,
+        GrowthBudget,
+        PrunePolicy,
+        Retrieval,
+        Strategy,
+        OptimizerSpec,
+        TrainerSpec,
+        Tracker,
+        Checkpoints,
+        Measuring,
+    ),
 )
 
 

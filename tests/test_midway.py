@@ -84,6 +84,17 @@ ARMS: dict[str, tuple[str, ...]] = {
     ),
     "growth on plateau": (*MOE, "stream.cut=2", "growth=on_plateau", "growth.patience=1", "freeze=aged"),
     "growth on saturation": (*GROW, *PEER, "growth=on_saturation", "growth.threshold=0.3"),
+    "recycling": (
+        *("layer=moe", "layer.hidden=8", "layer.num_experts=8", "router.balance=0", "router.k=1"),
+        *(
+            "stream.cut=2",
+            "prune=dead_experts",
+            "prune.threshold=0.5",
+            "optimizer=adamw",
+            "optimizer.state=carry",
+        ),
+    ),
+    "pruning": (*GROW, *PEER, "stream.cut=2", "prune=idle_cohorts", "prune.threshold=2", "prune.patience=1"),
     "text": ("model=decoder", *TEXT, "strategy=replay"),
     "text in depth": ("model=decoder", *TEXT, "model.depth=0.5", "model.num_blocks=4"),
     "text with spans hidden": ("model=encoder", *TEXT, "layer=moe", "router=expert_choice"),
@@ -91,7 +102,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 
 QUICKLY = (
     *("strategies together", "strategy lifelong_moe", "strategy icarl", "layer moe switch", "layer peer"),
-    *("accumulating", "looking inside", "one batch", "text in depth", "growth on drift"),
+    *("accumulating", "looking inside", "one batch", "text in depth", "growth on drift", "recycling"),
 )
 """Arms that are not slow: between them they hold every kind of state."""
 

@@ -47,7 +47,17 @@ def test_there_are_commands():
 
 
 def test_tables_name_options_that_exist_and_miss_none():
-    for group in ("stream", "layer", "model", "growth", "freeze", "strategy", "optimizer", "tracking"):
+    for group in (
+        "stream",
+        "layer",
+        "model",
+        "growth",
+        "freeze",
+        "prune",
+        "strategy",
+        "optimizer",
+        "tracking",
+    ):
         for path in (GROUPS / group).glob("*.yaml"):
             assert f"`{path.stem}`" in README, f"{group}={path.stem} is not in the README"
 

@@ -11,6 +11,7 @@ from cl_moe.growth.freezing import (
     PastExperts,
     PastExpertsAndRouter,
 )
+from cl_moe.growth.pruning import NeverPrune, PruneIdle, PrunePolicy, RecycleDead
 from cl_moe.growth.schedules import At, Decision, EveryExperience, EveryK, GrowthSchedule, NeverGrow
 from cl_moe.growth.trace import Looks, Trace
 from cl_moe.growth.triggers import OnDrift, OnPlateau, OnSaturation
@@ -31,10 +32,14 @@ __all__ = [
     "Looks",
     "NeverFreeze",
     "NeverGrow",
+    "NeverPrune",
     "OnDrift",
     "OnPlateau",
     "OnSaturation",
     "PastExperts",
     "PastExpertsAndRouter",
+    "PruneIdle",
+    "PrunePolicy",
+    "RecycleDead",
     "Trace",
 ]

@@ -7,14 +7,14 @@ replaying share ``apply``: a replayed ledger rebuilds a model's shape and frozen
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from cl_moe.errors import InputError
-from cl_moe.growth.budget import sizes_after
 from cl_moe.growth.census import Census, LayerCensus
-from cl_moe.growth.freezing import FreezePolicy, Stop
+from cl_moe.growth.deciding import Event, decided, ended_by, event_of, stopped_by
+from cl_moe.growth.freezing import FreezePolicy
+from cl_moe.growth.pruning import NeverPrune, PrunePolicy
 from cl_moe.growth.schedules import GrowthSchedule
 from cl_moe.growth.trace import Trace
 from cl_moe.layers.moe import MoE
@@ -24,10 +24,9 @@ from cl_moe.models.base import ContinualModel
 from cl_moe.models.inherit import inherit
 from cl_moe.seeds import seeded
 
-Event = dict[str, Any]
 NOTES = ("decide", "upcycle", "cut")
 """Acts that change no shape: a schedule's decision, weights that were filled, a budget that was spent."""
-CHANGING = ("grow", "upcycle")
+CHANGING = ("grow", "upcycle", "recycle", "prune")
 """Acts after which a model may answer otherwise than before, at once."""
 
 
@@ -38,8 +37,9 @@ def adapt(
     policy: FreezePolicy,
     classes: Sequence[int],
     seed: int,
+    prune: PrunePolicy = NeverPrune(),  # noqa: B008 - it has no state
 ) -> list[Event]:
-    """Freeze, then grow, before an experience; returns what was done, for the ledger.
+    """Freeze, prune, then grow, before an experience; returns what was done, for the ledger.
 
     Args:
         model: changed in place.
@@ -48,14 +48,16 @@ def adapt(
         policy: what stops learning.
         classes: classes of the experience; those without head rows get a cohort of rows.
         seed: newborns are drawn from (seed, experience, layer), whatever was drawn before.
+        prune: what ends.
 
     Raises:
         InputError: growth is asked of a model without expert layers, or nothing is left to learn.
     """
     at = census.experience
     new_classes = [label for label in classes if label not in model.head.arrived]
-    newborns, events = _decided(model, census, schedule, len(new_classes))
-    events += _stopped(model, at, policy.decide(census, newborns), newborns)
+    newborns, events = decided(model, census, schedule, len({*new_classes} - {*model.head.classes}))
+    events += stopped_by(model, at, policy.decide(census, newborns), newborns)
+    events += ended_by(model, census, prune, events)
     if new_classes:
         events.append({"experience": at, "act": "head", "classes": new_classes})
     if newborns:
@@ -63,7 +65,7 @@ def adapt(
         details = {"num_experts": newborns, "init": birth.init, "noise": birth.noise}
         if birth.hidden is not None:
             details["hidden"] = birth.hidden
-        events += [_event(at, "grow", layer, **details) for layer in model.expert_layers]
+        events += [event_of(at, "grow", layer, **details) for layer in model.expert_layers]
     loads = {layer: body.load for layer, body in census.layers.items()}
     for event in events:
         with seeded(seed, at, event["act"], event.get("layer", -1)):
@@ -75,50 +77,6 @@ def adapt(
             allowed="growth or new classes beside freeze=all_past",
             key="freeze (or growth)",
         )
-    return events
-
-
-def _decided(
-    model: ContinualModel, census: Census, schedule: GrowthSchedule, new_classes: int
-) -> tuple[int, list[Event]]:
-    """How many are born, and what is noted of the decision: nothing if the calendar alone decided."""
-    decision, budget = schedule.decide(census), schedule.birth.budget
-    newborns, numbers = decision.num_experts, dict[str, object]()
-    if newborns and budget.bounded:
-        size = sizes_after(model, [newborns], schedule.birth.hidden, new_classes)[-1]
-        if (over := budget.exceeded(size)) is not None:
-            if budget.on_exceed == "refuse":
-                raise budget.refusal(size, census.experience)
-            newborns, numbers["over_budget"] = 0, over
-    if decision.measure:
-        numbers |= {"measure": decision.measure, "statistic": decision.statistic}
-        numbers |= {"threshold": decision.threshold, **decision.more}
-    if not numbers:
-        return newborns, []
-    wanted = {"wanted": decision.num_experts, "born": newborns}
-    return newborns, [{"experience": census.experience, "act": "decide", **wanted, **numbers}]
-
-
-def _stopped(model: ContinualModel, at: int, stop: Stop, newborns: int) -> list[Event]:
-    """What a policy's decision means for each layer.
-
-    Raises:
-        InputError: no expert of a layer would be left to learn, and none is born.
-    """
-    if stop.everything:
-        return [{"experience": at, "act": "freeze_all"}]
-    events = []
-    for layer, body in model.expert_layers.items():
-        alive = [index for index, frozen in enumerate(body.frozen_cohorts) if not frozen]
-        cohorts = alive if stop.cohorts else [index for index in stop.only.get(layer, ()) if index in alive]
-        if alive and cohorts == alive and not newborns:
-            raise InputError(
-                got=f"no expert of layer {layer} left to learn from experience {at} on",
-                allowed="growth beside a policy that stops every cohort",
-                key="freeze (or growth)",
-            )
-        if stop.cohorts or cohorts or stop.shared_router:
-            events.append(_event(at, "freeze", layer, cohorts=cohorts, shared=stop.shared_router))
     return events
 
 
@@ -179,7 +137,7 @@ def upcycle(
         assert isinstance(layer, MoE)
         details = {"num_experts": layer.num_experts, "noise": noise}
         details["exact"] = computes_the_same(layer, source)
-        events.append(_event(experience, "upcycle", index, **details))
+        events.append(event_of(experience, "upcycle", index, **details))
     return events
 
 
@@ -203,7 +161,8 @@ def replay(model: ContinualModel, ledger: Iterable[Event]) -> None:
     """Give a fresh model the shape and the frozen parts that a ledger describes; weights are loaded next."""
     for event in ledger:
         # A copy needs loads that are gone, and its values are about to be overwritten: only the shape counts.
-        apply(model, {**event, "init": "fresh"} if event["act"] == "grow" else event, {})
+        if event["act"] != "recycle":
+            apply(model, {**event, "init": "fresh"} if event["act"] == "grow" else event, {})
 
 
 def apply(model: ContinualModel, event: Event, loads: Mapping[int, Tensor | None]) -> None:
@@ -219,6 +178,11 @@ def apply(model: ContinualModel, event: Event, loads: Mapping[int, Tensor | None
         # only layers whose experts have a hidden width take one; the ledger names it only where it differs
         options = {name: event[name] for name in ("init", "noise", "hidden") if name in event}
         layer.grow(event["num_experts"], load=loads.get(event["layer"]), **options)
+    elif event["act"] == "prune":
+        model.expert_layers[event["layer"]].prune(event["cohorts"])
+    elif event["act"] == "recycle":
+        body, load = model.expert_layers[event["layer"]], loads.get(event["layer"])
+        body.recycle(event["experts"], event["init"], event["noise"], load)
     elif event["act"] not in NOTES:
         raise ValueError(f"unknown act {event['act']!r} in the ledger")
 
@@ -262,19 +226,17 @@ def take_census(
     trace = Trace() if trace is None else trace
     layers = {}
     for index, layer in model.expert_layers.items():
-        born, sizes = births(ledger, index), layer.cohort_sizes
+        trained, peak, lives = trace.of_layer(index, layer.num_experts) or (None, None, None)
         layers[index] = LayerCensus(
-            sizes=sizes,
-            births=tuple(born),
+            sizes=layer.cohort_sizes,
+            births=tuple(births(ledger, index)),
             frozen=layer.frozen_cohorts,
             load=loads.get(index),
-            trained=trace.mean_load(index, sizes, born),
-            peak=trace.peak_load(index, sizes),
+            trained=trained,
+            peak=peak,
+            lives=lives,
             shares=tuple(tuple(row) for row in trace.shares.get(index, ())),
+            pruned=layer.pruned_cohorts,
         )
     losses, reference = tuple(trace.means), trace.newest if len(trace.newest) else None
     return Census(experience, layers, tuple(scores), losses, reference, coming)
-
-
-def _event(experience: int, act: str, layer: int, **details: object) -> Event:
-    return {"experience": experience, "act": act, "layer": layer, **details}

@@ -22,7 +22,9 @@ class LayerCensus:
             of routed weight in units of the fair one, 1/N; 0 for newborns. None where nothing was trained, or
             nobody asked for it (``Looks.loads``), as for the next two.
         peak: (N,) the largest of these loads.
+        lives: (N,) experiences that it was trained in since its birth, or since it was recycled.
         shares: for each experience trained, the share of routed weight of each cohort of then.
+        pruned: cohorts that are no candidates any more.
     """
 
     sizes: tuple[int, ...]
@@ -31,7 +33,9 @@ class LayerCensus:
     load: Tensor | None = None
     trained: Tensor | None = None
     peak: Tensor | None = None
+    lives: Tensor | None = None
     shares: tuple[tuple[float, ...], ...] = ()
+    pruned: tuple[int, ...] = ()
 
     @property
     def live(self) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from cl_moe.errors import InputError
 from cl_moe.growth.budget import sizes_after
+from cl_moe.growth.pruning import NeverPrune, PrunePolicy
 from cl_moe.growth.schedules import GrowthSchedule
 from cl_moe.models.base import ContinualModel
 
@@ -52,3 +53,20 @@ def _check_budget(model: ContinualModel, schedule: GrowthSchedule, plan: Sequenc
             born.append(size)
         elif budget.on_exceed == "refuse" and schedule.planned:
             raise budget.refusal(then, index)
+
+
+def check_prune(model: ContinualModel, policy: PrunePolicy) -> None:
+    """Refuse, before any training, a policy that the model's layers could not carry out.
+
+    Raises:
+        InputError: there are no expert layers, or their experts cannot start anew one by one.
+    """
+    if not isinstance(policy, NeverPrune) and not model.expert_layers:
+        raise InputError(
+            got="pruning of a model without experts",
+            allowed="layer=moe, peer or pkm, or prune=never",
+            key="layer (or prune)",
+        )
+    if policy.recycles:
+        for layer in model.expert_layers.values():
+            layer.recycle(())

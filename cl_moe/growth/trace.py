@@ -47,6 +47,7 @@ class Trace:
         means: of each experience that was trained, the mean loss in its last pass.
         totals: by layer (N,) float64, the loads in the last pass through each experience, added up.
         peaks: by layer (N,) float64, the largest of them.
+        lives: by layer (N,) float64, experiences that an expert was trained in since it began.
         shares: by layer, for each experience the share of routed weight of every cohort of then.
     """
 
@@ -56,6 +57,7 @@ class Trace:
         self.means: list[float] = []
         self.totals: dict[int, Tensor] = {}
         self.peaks: dict[int, Tensor] = {}
+        self.lives: dict[int, Tensor] = {}
         self.shares: dict[int, list[list[float]]] = {}
         self._batches, self._per_pass = 0, 1
         self._sum: Tensor | float = 0.0
@@ -102,32 +104,27 @@ class Trace:
             load_N = share_N * len(share_N)
             self.totals[layer] = _padded(self.totals.get(layer), load_N) + load_N
             self.peaks[layer] = torch.maximum(_padded(self.peaks.get(layer), load_N), load_N)
+            self.lives[layer] = _padded(self.lives.get(layer), load_N) + 1
             shares = [part.sum().item() for part in share_N.split(list(sizes[layer]))]
             self.shares.setdefault(layer, []).append(shares)
         self._begin_pass()
 
-    def mean_load(self, layer: int, sizes: Sequence[int], births: Sequence[int]) -> Tensor | None:
-        """(N,) load of each expert on average over the experiences since its birth; 0 for newborns.
+    def of_layer(self, layer: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Of each expert the mean load since it began, the largest, and the number of experiences; (N,) each.
 
-        Args:
-            layer: its index.
-            sizes: of its cohorts.
-            births: for each cohort, the number of experiences trained before it.
+        0 for newborns; None where nothing was trained.
         """
         if layer not in self.totals:
             return None
-        trained = len(self.shares[layer])
-        lives = torch.tensor([max(trained - birth, 1) for birth in births], dtype=torch.float64)
-        life_N = lives.repeat_interleave(torch.tensor(sizes))
-        return _padded(self.totals[layer], life_N) / life_N
-
-    def peak_load(self, layer: int, sizes: Sequence[int]) -> Tensor | None:
-        """(N,) the largest load that each expert had in any experience; None before the first."""
-        return _padded(self.peaks[layer], torch.zeros(sum(sizes))) if layer in self.peaks else None
+        like_N = torch.zeros(num_experts)
+        total_N, peak_N, life_N = (
+            _padded(kept[layer], like_N) for kept in (self.totals, self.peaks, self.lives)
+        )
+        return total_N / life_N.clamp_min(1), peak_N, life_N
 
     def forget(self, layer: int, experts: Sequence[int]) -> None:
-        """Experts of a layer are others now."""
-        for kept in (self.totals, self.peaks):
+        """Experts of a layer begin anew."""
+        for kept in (self.totals, self.peaks, self.lives):
             if layer in kept:
                 kept[layer][list(experts)] = 0.0
 
@@ -138,6 +135,7 @@ class Trace:
             "means": list(self.means),
             "totals": {layer: total.clone() for layer, total in self.totals.items()},
             "peaks": {layer: peak.clone() for layer, peak in self.peaks.items()},
+            "lives": {layer: life.clone() for layer, life in self.lives.items()},
             "shares": {layer: [list(row) for row in rows] for layer, rows in self.shares.items()},
             "batches": (self._batches, self._per_pass),
             "pass": (float(self._sum), self._count, {i: load.cpu() for i, load in self._loads.items()}),
@@ -150,6 +148,7 @@ class Trace:
         self.newest, self.means = state["newest"], list(state["means"])
         self.totals = {layer: total.clone() for layer, total in state["totals"].items()}
         self.peaks = {layer: peak.clone() for layer, peak in state["peaks"].items()}
+        self.lives = {layer: life.clone() for layer, life in state["lives"].items()}
         self.shares = {layer: [list(row) for row in rows] for layer, rows in state["shares"].items()}
         self._batches, self._per_pass = state["batches"]
         self._sum, self._count, loads = state["pass"]

@@ -6,7 +6,9 @@ Legend: D width, N experts of a layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +127,43 @@ class ExpertLayer(nn.Module, ABC):
                 parameter.requires_grad_(False)
                 parameter.grad = None
 
+    def cohort_of(self, expert: int) -> int:
+        """The cohort that an expert belongs to, by its id."""
+        return bisect_right(list(accumulate(self.cohort_sizes)), expert)
+
+    @property
+    def pruned_cohorts(self) -> tuple[int, ...]:
+        """Cohorts that are no candidates any more, unless they are asked for."""
+        return tuple(i for i, cohort in enumerate(self.cohorts) if getattr(cohort, "pruned", False))
+
+    def prune(self, cohorts: Sequence[int]) -> None:
+        """Freeze cohorts and let nobody choose their experts any more; ids, weights and keys stay.
+
+        ``forward(x, cohorts=...)`` still takes them where they are asked for: teachers and diagnostics.
+
+        Raises:
+            InputError: no cohort would be left.
+        """
+        self.freeze(cohorts)
+        if {*cohorts} | {*self.pruned_cohorts} >= {*range(len(self.cohorts))}:
+            raise InputError(got="pruning of every cohort", allowed="at least one that stays", key="prune")
+        for index in cohorts:
+            self.cohorts[index].pruned = True  # type: ignore[assignment]
+
+    def recycle(
+        self, experts: Sequence[int], init: str = "fresh", noise: float = 0.01, load: Tensor | None = None
+    ) -> None:
+        """Let single experts start anew under their old ids; overridden where an expert owns its key.
+
+        Raises:
+            InputError: this layer's experts cannot, or one of them is frozen.
+        """
+        raise InputError(
+            got=f"recycling of single experts of {type(self).__name__}, which share their keys",
+            allowed="layer=moe, or prune=idle_cohorts",
+            key="prune (or layer)",
+        )
+
     def check_cohort(self, index: int) -> int:
         """``index`` itself, if there is such a cohort."""
         if not isinstance(index, int) or not 0 <= index < len(self.cohorts):
@@ -136,9 +175,9 @@ class ExpertLayer(nn.Module, ABC):
         return index
 
     def check_cohorts(self, cohorts: Sequence[int] | None) -> list[int]:
-        """The cohorts asked for, oldest first; None for all."""
+        """The cohorts asked for, oldest first; None for all that were not pruned."""
         if cohorts is None:
-            return list(range(len(self.cohorts)))
+            return [index for index in range(len(self.cohorts)) if index not in self.pruned_cohorts]
         _check_list(cohorts)
         # compiled code takes the numbers asked for as variables: compared with what there is, they are known
         chosen = [index for index in range(len(self.cohorts)) for asked in cohorts if asked == index]

@@ -15,6 +15,7 @@ from cl_moe.layers.activity import Activity, joined
 from cl_moe.layers.checks import whole
 from cl_moe.layers.expert_layer import ExpertLayer, most_used, noisy_copy
 from cl_moe.layers.experts import Cohort, ExpertPool, SharedExperts
+from cl_moe.layers.recycling import recycle
 from cl_moe.layers.routers import Candidates, Router, TopK
 from cl_moe.layers.routing import Routing
 from cl_moe.layers.tokens import flat_tokens
@@ -158,14 +159,7 @@ class MoE(ExpertLayer):
         self.check_growth(num_experts, init, load, noise)
         hidden = self.hidden if hidden is None else hidden
         self.check_hidden(hidden, init)
-        newborn = self._newborn(num_experts, hidden).to(self._key(0))  # dtype and device of the old ones
-        if init == "copy":
-            self._copy_most_used(newborn, noise, load)
-        elif init == "zero_output":
-            newborn.w_out.zero_()
-            if newborn.b_out is not None:
-                newborn.b_out.zero_()
-        self.cohorts.append(newborn)
+        self.cohorts.append(self._born(num_experts, hidden, init, noise, load))
 
     def birth_parameters(self, num_experts: int, total: int, hidden: int | None = None) -> int:
         """Of experts and keys."""
@@ -183,6 +177,12 @@ class MoE(ExpertLayer):
                 allowed="the width of experts that are there, or growth.init=fresh or zero_output",
                 key="growth.hidden",
             )
+
+    def recycle(
+        self, experts: Sequence[int], init: str = "fresh", noise: float = 0.01, load: Tensor | None = None
+    ) -> None:
+        """Draw experts anew, with their keys and selection biases, under their old ids: see ``recycling``."""
+        recycle(self, experts, init, noise, load)
 
     @property
     def wants_load(self) -> bool:
@@ -221,6 +221,22 @@ class MoE(ExpertLayer):
         with torch.no_grad():
             self.router.init_keys(cohort.key)
         return cohort.train(self.training)
+
+    def newborn_like(
+        self, cohort: int, num_experts: int, init: str, noise: float, load: Tensor | None
+    ) -> Cohort:
+        """Experts as they would be born, of a cohort's width; they are no part of the layer."""
+        return self._born(num_experts, self._cohorts()[cohort].hidden, init, noise, load)
+
+    def _born(self, num_experts: int, hidden: int, init: str, noise: float, load: Tensor | None) -> Cohort:
+        born = self._newborn(num_experts, hidden).to(self._key(0))  # dtype and device of the old ones
+        if init == "copy":
+            self._copy_most_used(born, noise, load)
+        elif init == "zero_output":
+            born.w_out.zero_()
+            if born.b_out is not None:
+                born.b_out.zero_()
+        return born
 
     def _copy_most_used(self, newborn: Cohort, noise: float, load: Tensor | None) -> None:
         """Fill a newborn cohort from the most used experts of its width that compute."""

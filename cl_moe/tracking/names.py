@@ -132,17 +132,23 @@ def expert_points(record: Record, i: int) -> dict[str, float]:
 
 
 def decision_points(record: Record, i: int) -> dict[str, float]:
-    """What the schedule looked at before the experience that followed point i, if it looked at data.
+    """What was decided before the experience that followed point i, where data decided.
 
-    ``growth/<measure>_statistic`` and ``_threshold``; for drift also ``_effect``, for a plateau ``_loss``.
+    ``growth/<measure>_statistic`` and ``_threshold``; for drift also ``_effect``, for a plateau ``_loss``; of
+    all layers the experts that started anew (``growth/num_recycled``) and the cohorts that were pruned.
     """
-    return {
-        f"growth/{event['measure']}_{name}": float(event[name])
-        for event in record.ledger
-        if event["act"] == "decide" and event["experience"] == i and "measure" in event
-        for name in ("statistic", "threshold", "effect", "loss")
-        if name in event
-    }
+    points: dict[str, float] = {}
+    for event in record.ledger:
+        if event["experience"] != i:
+            continue
+        if "measure" in event:
+            for name in {"statistic", "threshold", "effect", "loss"}.intersection(event):
+                points[f"growth/{event['measure']}_{name}"] = float(event[name])
+        for act, key in (("recycle", "experts"), ("prune", "cohorts")):
+            if event["act"] == act:
+                name = "growth/num_recycled" if act == "recycle" else "growth/num_pruned_cohorts"
+                points[name] = points.get(name, 0.0) + len(event[key])
+    return points
 
 
 def depth_points(record: Record, i: int) -> dict[str, float]:

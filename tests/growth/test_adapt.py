@@ -185,8 +185,8 @@ def test_a_size_that_a_layer_cannot_take_is_refused_before_training(new_model) -
 
 
 def test_an_unknown_act_in_a_ledger_is_an_error(new_model) -> None:
-    with pytest.raises(ValueError, match="prune"):
-        replay(new_model("moe"), [{"experience": 1, "act": "prune", "layer": 0}])
+    with pytest.raises(ValueError, match="explode"):
+        replay(new_model("moe"), [{"experience": 1, "act": "explode", "layer": 0}])
 
 
 def test_the_census_says_sizes_ages_and_loads(new_model, grow) -> None:

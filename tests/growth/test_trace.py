@@ -54,11 +54,9 @@ def test_loads_are_in_units_of_the_fair_share() -> None:
             load.index_add_(0, routing.expert.flatten(), routing.weight.flatten().double())
         expected.append(load / load.sum())
     first, second = (share * len(share) for share in expected)
+    torch.testing.assert_close(trace.of_layer(0, 5)[0], torch.cat([(first + second[:3]) / 2, second[3:]]))
     torch.testing.assert_close(
-        trace.mean_load(0, (3, 2), (0, 1)), torch.cat([(first + second[:3]) / 2, second[3:]])
-    )
-    torch.testing.assert_close(
-        trace.peak_load(0, (3, 2)), torch.cat([torch.maximum(first, second[:3]), second[3:]])
+        trace.of_layer(0, 5)[1], torch.cat([torch.maximum(first, second[:3]), second[3:]])
     )
     assert trace.shares[0][1] == pytest.approx([expected[1][:3].sum().item(), expected[1][3:].sum().item()])
 
@@ -84,7 +82,9 @@ def test_what_nobody_asked_for_is_not_kept() -> None:
 
 def test_the_census_of_a_newborn_begins_with_its_birth(new_model) -> None:
     trace = followed()
-    newborn = trace.mean_load(0, (3, 2, 2), (0, 1, 2))
-    assert newborn is not None
-    assert newborn[-2:].tolist() == [0.0, 0.0]
+    mean, peak, lives = trace.of_layer(0, 7)
+    assert (mean[-2:].tolist(), peak[-2:].tolist()) == ([0.0, 0.0], [0.0, 0.0])
+    assert lives.tolist() == [2, 2, 2, 1, 1, 0, 0]
+    trace.forget(0, [1])
+    assert [kept[1] for kept in trace.of_layer(0, 5)] == [0, 0, 0]
     assert take_census(new_model("moe"), 2, [], {}).layers[0].trained is None
