@@ -143,7 +143,7 @@ class Trace:
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on from what ``state_dict`` gave; None, of a run that kept none: from nothing."""
-        if state is None:
+        if state is None or "lives" not in state:
             return
         self.newest, self.means = state["newest"], list(state["means"])
         self.totals = {layer: total.clone() for layer, total in state["totals"].items()}
