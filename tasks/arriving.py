@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from cl_moe.errors import InputError
 from cl_moe.stream import Experience, Scenario, Stream
 from tasks.arrange import finish, whole
+from tasks.features import standardized
 from tasks.held_out import Options, held_out_texts
 from tasks.labelled import check_classes, known_scenario
 from tasks.shapes import Shape
@@ -88,7 +89,9 @@ def arriving(
             own = tuple(train.tensors[1].unique().tolist())
         label = index if setting == "task" else None
         experiences.append(Experience(index, names[index], train, test, own, label))
-    stream = _stream(experiences, setting, classes, tokens)
+    stream = _stream(
+        standardized(experiences) if meaning.standardize else experiences, setting, classes, tokens
+    )
     if not classes:
         stream = replace(stream, held_out=held_out_texts(held_out, tokens, length))
     elif held_out is not None:

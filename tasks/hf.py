@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 from cl_moe.errors import InputError
 from cl_moe.stream import Experience, Scenario, Stream
 from tasks.arrange import arrange, finish, whole
+from tasks.features import standardized
 from tasks.held_out import Options, held_out_texts
 from tasks.labelled import Labelled, by_classes, by_domains, group_size, known_scenario
 from tasks.streamed import How, streamed
@@ -59,7 +60,7 @@ def hf(
 
     Without ``columns.label`` texts are language: next-token prediction, one experience per domain, the texts
     of a domain one after the other. With it they are classified, and so are images (float32 in [0, 1]) and
-    columns of numbers (float32, as they are). Classes are numbered by their names in the alphabet. No code
+    columns of numbers and categories (float32). Classes are numbered by their names in the alphabet. No code
     of a data set is ever run.
 
     Args:
@@ -107,6 +108,8 @@ def hf(
         stream = _by_domains(both, setting, reading, arrange_names)
     else:
         stream = _by_classes(both, setting, classes_per_experience, reading, arrange_names)
+    if meaning.standardize:
+        stream = replace(stream, experiences=standardized(stream.experiences))
     return finish(stream, tune_on_first, cut, data_seed, shape)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from cl_moe.errors import InputError
 from cl_moe.seeds import generator
 from tasks import hub
+from tasks.features import Categories, features_of
 from tasks.sources import folders
 
 T = TypeVar("T")
@@ -24,17 +25,21 @@ class Columns:
     """What the columns of a table mean.
 
     Args:
-        input: one column of texts or of images, or a list of columns of numbers.
+        input: one column of texts or of images; or a list of columns of numbers and of categories (texts:
+            a feature for each).
         label: the classes, by name; None: texts are language to predict.
         domain: what an experience is; None: there is one, or classes are split.
         split: a column that says train or test (or validation); None: the data come split, or it is called
             ``split``.
+        standardize: whether listed columns are given mean 0 and deviation 1, by the training data of the
+            experience that arrives first.
     """
 
     input: str | Sequence[str] = "text"
     label: str | None = None
     domain: str | None = None
     split: str | None = None
+    standardize: bool = False
 
     @classmethod
     def of(cls, options: Mapping[str, object]) -> Columns:
@@ -48,6 +53,9 @@ class Columns:
         if not listed or not all(isinstance(name, str) for name in listed):
             allowed = "a column, or a list of columns of numbers"
             raise InputError(got=f"{self.input!r}", allowed=allowed, key="stream.columns.input")
+        if self.standardize is not False and (self.standardize is not True or isinstance(self.input, str)):
+            allowed = "true beside a list of columns of numbers, or false"
+            raise InputError(got=f"{self.standardize!r}", allowed=allowed, key="stream.columns.standardize")
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Split:
         numbers: (n, ...) float32 images or numbers; None where inputs are texts.
         labels: names of classes, one per row; empty without.
         domains: one per row; empty without.
+        categories: of input columns of texts beside others, by column.
     """
 
     what: str
@@ -67,6 +76,7 @@ class Split:
     numbers: Tensor | None = field(repr=False)
     labels: list[str] = field(repr=False)
     domains: list[str] = field(repr=False)
+    categories: Categories = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.texts) if self.numbers is None else len(self.numbers)
@@ -132,7 +142,8 @@ class Source:
             if len(paths) != len(others):
                 raise no_such_source(next(n for n in others if local_file(n) is None), "stream.source.test")
             other = hub.from_files(paths, "stream.source.test")
-            return read(table, columns, what), read(other, columns, ", ".join(map(str, paths)))
+            train_rows = read(table, columns, what)
+            return train_rows, read(other, columns, ", ".join(map(str, paths)), train_rows)
         return self._divided(table, columns, what, seed)
 
     @staticmethod
@@ -153,7 +164,8 @@ class Source:
                     allowed=f"the name of one of them to {where} on",
                     key=f"stream.source.{where}",
                 )
-        return read(found[self.train], columns, name), read(found[test], columns, f"{name}, {test}")
+        train = read(found[self.train], columns, name)
+        return train, read(found[test], columns, f"{name}, {test}", train)
 
     def _divided(self, table: Any, columns: Columns, what: str, seed: int) -> tuple[Split, Split]:
         """One table in two: by a column, or by drawing."""
@@ -187,11 +199,12 @@ class Source:
                 key="stream.source.test",
             )
         train, test = (table.select(rows) for rows in chosen)
-        return read(train, columns, what), read(test, columns, f"{what}, test")
+        learnt = read(train, columns, what)
+        return learnt, read(test, columns, f"{what}, test", learnt)
 
 
-def read(table: Any, columns: Columns, what: str) -> Split:
-    """The columns of a table that a stream is made of.
+def read(table: Any, columns: Columns, what: str, like: Split | None = None) -> Split:
+    """The columns of a table that a stream is made of; of test rows with ``like``, the training rows.
 
     Raises:
         InputError: no rows, a missing column, a value that is missing or of a wrong kind (its row is named).
@@ -201,31 +214,15 @@ def read(table: Any, columns: Columns, what: str) -> Split:
     label = hub.texts_of(table, columns.label, what, "stream.columns.label") if columns.label else []
     domain = hub.texts_of(table, columns.domain, what, "stream.columns.domain") if columns.domain else []
     key, texts, numbers = "stream.columns.input", [], None
+    categories: Categories = {}
     if not isinstance(columns.input, str):
-        numbers = _numbers(table, list(columns.input), what, key)
+        known = None if like is None else like.categories
+        numbers, categories = features_of(table, list(columns.input), what, key, known)
     elif type(table.features.get(columns.input)).__name__ == "Image":
         numbers = hub.pixels_of(table, columns.input, what, key)
     else:
         texts = hub.texts_of(table, columns.input, what, key)
-    return Split(what, texts, numbers, label, domain)
-
-
-def _numbers(table: Any, names: Sequence[str], what: str, key: str) -> Tensor:
-    """(n, columns) float32."""
-    filled = []
-    for name in names:
-        if name not in table.features:
-            raise InputError(
-                got=f"{what} with columns {', '.join(table.features)}", allowed=f"a column {name!r}", key=key
-            )
-        values = table[name][:]
-        for row, value in enumerate(values):
-            if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-                raise InputError(
-                    got=f"{what}: {value!r} in row {row} of {name!r}", allowed="numbers", key=key
-                )
-        filled.append(torch.tensor(values, dtype=torch.float32))
-    return torch.stack(filled, dim=1)
+    return Split(what, texts, numbers, label, domain, categories)
 
 
 def _drawn(groups: Sequence[Sequence[int]], share: float, seed: int) -> list[list[int]]:
