@@ -1,4 +1,4 @@
-"""Tables of numbers and categories: features against pandas, scaled by what arrives first and nothing else."""
+"""Tables of numbers and categories: features against pandas, scaled by what arrives first alone."""
 
 from __future__ import annotations
 

@@ -109,3 +109,17 @@ def test_whatever_its_order_and_cut_its_examples_are_the_same(
 def test_it_needs_no_network(name: str, build: Callable[..., Stream], no_network: None) -> None:
     stream = build(name)
     assert stream.scenario in ("class", "task", "domain")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_example_is_lost_doubled_or_leaked(name: str, build: Callable[..., Stream], rows: Any) -> None:
+    plain, parts = build(name), build(name, "stream.cut=3")
+    assert rows(e.train for e in plain) == rows(e.train for e in parts)
+    if name == "peers_digits":
+        return  # its data are the peers', to the letter
+    held = build(name, "stream.shape={validation:.2}")
+    tests = list({id(e.test): e.test for e in held}.values())
+    assert rows([*(e.train for e in held), *tests]) == rows(e.train for e in plain), "one side or the other"
+    for experience in held:
+        share = len(experience.test) / (len(experience.train) + len(experience.test))
+        assert 0.1 < share < 0.3
