@@ -163,7 +163,6 @@ def few(stream: object) -> object:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_drawing")
 @pytest.mark.parametrize("name", sorted(NAMED))
 def test_an_experiment_cut_to_a_few_steps_gets_its_verdict(
     name: str, command_in: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -179,7 +178,7 @@ def test_an_experiment_cut_to_a_few_steps_gets_its_verdict(
         return SimpleNamespace(returncode=done.status)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(results.subprocess, "run", run)
+    monkeypatch.setattr(results, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(results, "_page", lambda: tmp_path / "docs" / "RESULTS.md")
     assert results.main(name) == 0
     page = (tmp_path / "docs" / "RESULTS.md").read_text()
