@@ -31,8 +31,12 @@ from cl_moe.words import (
 
 SWEEP = "multirun.yaml"
 """In a sweep's folder: Hydra's own record of its command."""
-BESIDE_RESUME = ("resume", "auto_resume", "checkpoint", "tracking.uri", "tracking.system_metrics")
-"""Keys that say how and where a run is kept, not what it is: they may change when it goes on."""
+BESIDE_RESUME = (
+    *("resume", "auto_resume", "checkpoint", "tracking.uri", "tracking.system_metrics"),
+    *("trainer.devices", "trainer.num_nodes", "trainer.rendezvous"),
+)
+"""Keys that say how and where a run is kept, and by how many processes it is trained, not what it is: they
+may change when it goes on."""
 _OWN = ("resume", "auto_resume", "output_dir", "hydra", "branch", "reproduce")
 _NEVER_INHERITED = (*_OWN, "upcycle", "upcycle_noise")
 CUMULATIVE = "eval.cumulative"

@@ -103,10 +103,14 @@ class Checkpoints:
             return True
         return self.every_minutes is not None and time.monotonic() - self._since >= 60 * self.every_minutes
 
+    def began_anew(self) -> None:
+        """Something was saved just now, by this process or by the one that saves for it."""
+        self._steps, self._since = 0, time.monotonic()
+
     def save(self, folder: Path, moment: Moment, state: State, best: int) -> Path:
         """Write a checkpoint; then let go of what it makes superfluous. ``best``: a boundary to be kept."""
         path = save(folder, moment, state)
-        self._steps, self._since = 0, time.monotonic()
+        self.began_anew()
         for old in self._superfluous(path, best):
             old.unlink()
         for other in _candidates(folder):

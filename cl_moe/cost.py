@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from cl_moe import agreement
 from cl_moe.learner import Learner
 from cl_moe.measuring import Past
 from cl_moe.memory import PeakMemory, optimizer_bytes, storage_bytes
@@ -68,16 +69,18 @@ class CostMeter:
         self._trained = self._state()
 
     def points(self) -> dict[str, float]:
-        """The ``cost/*`` metrics of now."""
+        """The ``cost/*`` metrics of now: operations of all ranks, memory of the one that held most."""
         learner, charges = self.learner, self.learner.charges
+        given = agreement.of_all(charges.flops)
+        flops = {account: sum(one[account] for one in given) for account in charges.flops}
         seconds, parameters = charges.seconds("train"), list(learner.model.parameters())
         points: dict[str, float] = {
             "cost/seconds": seconds,
             "cost/eval_seconds": charges.seconds("eval"),
             "cost/diagnostics_seconds": charges.seconds("diagnostics"),
-            "cost/train_flops": charges.flops["train"],
-            "cost/eval_flops": charges.flops["eval"],
-            "cost/diagnostics_flops": charges.flops["diagnostics"],
+            "cost/train_flops": flops["train"],
+            "cost/eval_flops": flops["eval"],
+            "cost/diagnostics_flops": flops["diagnostics"],
             "cost/examples_seen": charges.examples,
             "cost/params_total": sum(p.numel() for p in parameters),
             "cost/params_active": learner.model.active_parameters(),
@@ -86,7 +89,7 @@ class CostMeter:
             "cost/optimizer_bytes": self._optimizer_bytes,
             "cost/buffer_bytes": sum(s.buffer_bytes for s in learner.strategies.values()),
             "cost/diagnostics_bytes": self.past.num_bytes,
-            "cost/peak_memory_bytes": self.peak.bytes(),
+            "cost/peak_memory_bytes": agreement.most(self.peak.bytes()),
         }
         for strategy in learner.strategies.values():
             points |= strategy.costs(learner.model)

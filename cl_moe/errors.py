@@ -42,3 +42,7 @@ class StopRequestedError(BaseException):
 
 class RunFailedError(RuntimeError):
     """The run failed for a named reason (status 1): the message says what, what was kept, how to go on."""
+
+
+class OthersGoneError(RunFailedError):
+    """A rank was left alone by another one, which knows better why the run failed."""

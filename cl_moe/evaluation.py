@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from cl_moe import agreement
 from cl_moe.batches import evaluation_loader, probe_rows
 from cl_moe.growth.adapt import births
 from cl_moe.layers.routing import ExpertLoad
 from cl_moe.learner import Learner
 from cl_moe.measuring import Measuring, Past
 from cl_moe.metrics import Tally
+from cl_moe.metrics.answers import mean_of
 from cl_moe.metrics.functional import Choices
 from cl_moe.models.base import depth_key
 from cl_moe.stream import Experience
@@ -161,7 +163,8 @@ def enter(
     points = diagnostics.load_metrics(record, boundary) | diagnostics.latencies(found.peaks, boundary)
     points |= diagnostics.changes(found.choices, past.choices, T) | dict(found.beside)
     points |= inside.calibration_points(record, boundary, found.calibration)
-    points |= inside.online_points(record, boundary, learner.online.mean)
+    online = mean_of(agreement.of_all(learner.online.state_dict()))
+    points |= inside.online_points(record, boundary, online)
     learner.online.reset()  # an experience without training data scores nothing
     if boundary > 0 and measuring.every is not None:
         inside.open_anytime(record, boundary - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cl_moe.evaluation import evaluate, rewind
 from cl_moe.foresight import census_of, deciding, record_shock, tell_decision
-from cl_moe.growth.adapt import adapt
+from cl_moe.growth.together import adapt
 from cl_moe.plasticity import observe
 from cl_moe.reading import read
 from cl_moe.run import Run

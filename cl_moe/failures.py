@@ -7,6 +7,7 @@ the command line uses it before torch is there.
 from __future__ import annotations
 
 import errno
+import json
 import re
 import shutil
 import sysconfig
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from cl_moe.errors import InputError, RunFailedError
+from cl_moe.errors import InputError, OthersGoneError, RunFailedError
 from cl_moe.memory import Holding, machine, readable
 
 Settings = Mapping[str, object]
@@ -78,6 +79,7 @@ _NO_MEMORY = re.compile(
     r"|ALLOC_FAILED|Overflow when unpacking long|array is too big|Maximum allowed dimension",
     re.IGNORECASE,
 )
+_GONE = re.compile(r"gloo|NCCL|connection (closed|reset)|broken pipe|socket timeout", re.IGNORECASE)
 _REFUSED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) ?(bytes|[KMGTPE]i?B)", re.IGNORECASE)
 
 
@@ -97,7 +99,20 @@ def named(
     """
     if any(isinstance(link, InputError | RunFailedError | BrokenPipeError) for link in _chain(error)):
         return None  # it has its message already
-    return out_of_memory(error, settings, holdings) or disk(error, folder)
+    return others_gone(error) or out_of_memory(error, settings, holdings) or disk(error, folder)
+
+
+def others_gone(error: BaseException) -> OthersGoneError | None:
+    """An exchange between ranks that broke off: another one has ended, and may have said why."""
+    if not any(isinstance(e, RuntimeError) and _GONE.search(str(e)) for e in _chain(error)):
+        return None
+    from cl_moe import agreement  # brings torch, which is there if ranks are
+
+    if agreement.num_ranks() == 1:
+        return None
+    said = [json.loads(path.read_text()) for path in agreement.outcomes()]
+    reasons = [f"rank {o['rank']}: {o['message']}" for o in said if o["kind"] in ("failed", "error")]
+    return OthersGoneError("another rank is gone" + "".join(f"\n{reason}" for reason in reasons))
 
 
 def out_of_memory(

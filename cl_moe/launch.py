@@ -14,12 +14,23 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from cl_moe import branching, checkpoint, describing, distilling, failures, reproducing, stopping, stored
+from cl_moe import (
+    agreement,
+    branching,
+    checkpoint,
+    describing,
+    distilling,
+    failures,
+    reproducing,
+    stopping,
+    stored,
+)
 from cl_moe.checkpoint import Branch
 from cl_moe.errors import StopRequestedError
 from cl_moe.experiment import run_experiment
 from cl_moe.learner import Learner
 from cl_moe.models import ContinualModel
+from cl_moe.ranks import run_in_ranks
 from cl_moe.run import Run
 from cl_moe.schema import GROUPS, check_config, leaves, plain
 from cl_moe.seeds import seeded
@@ -27,6 +38,8 @@ from cl_moe.stream import Stream
 from cl_moe.targets import check_targets
 from cl_moe.tracking.names import DEFINITIONS
 from cl_moe.tracking.provenance import checkout, data_checksum
+from cl_moe.tracking.tracker import NoTracker
+from cl_moe.trainer import TrainerSpec
 from cl_moe.upcycling import Upcycled
 from cl_moe.words import key_of
 
@@ -48,19 +61,27 @@ NOT_ARM += (
 )
 
 
-def run(config: DictConfig) -> float:
-    """One experiment from a composed configuration; returns the objective."""
+def run(config: DictConfig, changed: list[str] | None = None) -> float:
+    """One experiment from a composed configuration; returns the objective.
+
+    Args:
+        config: composed.
+        changed: for a rank: the overrides that tell its arm from the default, as the parent found them.
+    """
     _obey()
     try:
         if config.get("describe") is not False:
             return describing.describe(config)
         if (value := stored.finished(config)) is not None:
             return value
-        original = reproducing.original_of(config)
-        run = build(config, original)
+        if agreement.num_ranks() == 1 and (spec := _trainer(config)).num_ranks > 1:
+            return run_in_ranks(config, spec, _changed(config))
+        original = reproducing.original_of(config) if agreement.is_first() else None
+        run = build(config, original, changed)
         with reproducing.held_against(original, config, run):
             value = run_experiment(run)
-            stored.note_finished(config, run.folder, value, run.stream.open)
+            if agreement.is_first():
+                stored.note_finished(config, run.folder, value, run.stream.open)
         return value
     except Exception as error:  # while the run is built: a run that is open names its failures itself
         if failure := failures.named(error, dict(leaves(plain(config, resolve=False)))):
@@ -68,12 +89,15 @@ def run(config: DictConfig) -> float:
         raise
 
 
-def build(config: DictConfig, original: reproducing.Original | None = None) -> Run:
+def build(
+    config: DictConfig, original: reproducing.Original | None = None, changed: list[str] | None = None
+) -> Run:
     """The run that a configuration describes; nothing is trained yet.
 
     Args:
         config: composed.
         original: the run that it makes again.
+        changed: as in ``run``.
 
     Raises:
         InputError: a key, a value, or a combination of them cannot be.
@@ -101,7 +125,7 @@ def build(config: DictConfig, original: reproducing.Original | None = None) -> R
     )
     upcycled = upcycled_from(branch, config, stream, model) if config.upcycle else None
     labels = tags(config, stream.scenario, folder)
-    arm = arm_of(config, labels, branch)
+    arm = arm_of(config, labels, branch, changed)
     run = Run(
         stream,
         learner,
@@ -109,7 +133,7 @@ def build(config: DictConfig, original: reproducing.Original | None = None) -> R
         freeze=instantiate(config.freeze),
         prune=instantiate(config.prune),
         spec=spec,
-        tracker=instantiate(config.tracking),
+        tracker=instantiate(config.tracking) if agreement.is_first() else NoTracker(),
         folder=folder,
         seed_init=config.seed.init,
         seed_data=config.seed.data,
@@ -129,7 +153,8 @@ def build(config: DictConfig, original: reproducing.Original | None = None) -> R
     )
     run.tags = {**run.tags, "data_checksum": data_checksum(run.fingerprint["stream"])}
     run.measuring.matrix = branching.cumulative_matrix(config, run.fingerprint["stream"])
-    stored.store_config(config, folder)  # last: what was refused leaves nothing behind
+    if agreement.is_first():
+        stored.store_config(config, folder)  # last: what was refused leaves nothing behind
     return run
 
 
@@ -165,15 +190,17 @@ def tags(config: DictConfig, scenario: str, folder: Path) -> dict[str, str]:
         "git_commit": commit,
         "git_dirty": dirty,
         "sweep": str(HydraConfig.get().sweep.dir) if _sweep() else "none",
-        "world_size": "1",
+        "world_size": str(agreement.num_ranks()),
         "output_dir": str(folder),
     }
 
 
-def arm_of(config: DictConfig, labels: Mapping[str, str], branch: Branch | None) -> str:
+def arm_of(
+    config: DictConfig, labels: Mapping[str, str], branch: Branch | None, changed: list[str] | None = None
+) -> str:
     """The arm's name: the one given, or one made of the configuration; a branch ends with its boundaries."""
     overrides = list(HydraConfig.get().overrides.task)
-    made = arm_name(labels, _without_defaults(config, overrides))
+    made = arm_name(labels, _changed(config) if changed is None else changed)
     if branch is None:
         return config.arm or made
     # A name from a file is the parent's too, so what tells the children apart stands beside it.
@@ -198,12 +225,18 @@ def arm_name(labels: Mapping[str, str], overrides: list[str]) -> str:
     return " ".join([layer, *chosen, labels["strategy"], *others])
 
 
-def _without_defaults(config: DictConfig, overrides: list[str]) -> list[str]:
+def _trainer(config: DictConfig) -> TrainerSpec:
+    check_targets(config)
+    return instantiate(config.trainer)
+
+
+def _changed(config: DictConfig) -> list[str]:
     """The overrides that change something: one that repeats a default makes no other arm.
 
     Asked of what Hydra composes without them; where it is not at hand (in another launcher's process, say)
     all of them count.
     """
+    overrides = list(HydraConfig.get().overrides.task)
     others = [word for word in overrides if not word.lstrip("+~").startswith(NOT_ARM)]
     if not others or not GlobalHydra.instance().is_initialized():
         return overrides

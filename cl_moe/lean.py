@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L  # noqa: N812
 import torch
 
+from cl_moe import agreement
 from cl_moe.optim import clip_gradients
 
 
@@ -50,8 +51,11 @@ class LeanModule(L.LightningModule):
         return passes * per_pass + batch // self.accumulate, self.epochs * per_pass
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Experiences lie in CPU memory: on the CPU there is nothing to look through and to move."""
-        if device.type == "cpu":
+        """Experiences lie in CPU memory: on the CPU there is nothing to look through and to move.
+
+        Of a training batch among ranks, each moves its own part, once strategies have added to the whole.
+        """
+        if device.type == "cpu" or (self.trainer.training and agreement.num_ranks() > 1):
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_moe import agreement
 from cl_moe.batches import padding_mask
 from cl_moe.counting import Charges
 from cl_moe.errors import InputError, RunFailedError
@@ -104,8 +105,8 @@ class Learner(LeanModule):
 
         After a restart inside the experience, strategies and generators are then put to where they were.
         """
-        assert self.experience is not None
-        torch.manual_seed(derive_seed(self.seed, self.experience.index, "train"))
+        index = self.outlook().experience.index
+        torch.manual_seed(derive_seed(self.seed, index, "train", *agreement.words()))
         self.place_classes()
         self.batches, self.first_pass = 0, int(self.trainer.num_training_batches)
         self._balancing = {i: layer for i, layer in self.model.expert_layers.items() if layer.wants_load}
@@ -124,8 +125,7 @@ class Learner(LeanModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Task loss, the routers' auxiliary losses and the strategies' terms, added up."""
-        inputs, targets = batch
-        num_new = len(targets)
+        (inputs, targets), num_new = batch, len(batch[1])
         if self._hooks.batch:
             with self.charges.step("batch", inputs, varies=True):
                 for strategy in self._hooks.batch:
@@ -133,28 +133,30 @@ class Learner(LeanModule):
         mask = padding_mask(targets) if self.kind == "language" else None
         self.charges.examples += len(targets)
         varies = mask is not None or any(strategy.cost_varies for strategy in self._hooks.loss)
-        with self.charges.step("step", inputs, varies=varies, tokens=targets.numel()):
-            return self._loss(inputs, targets, mask, num_new)
-
-    def _loss(self, inputs: Tensor, targets: Tensor, mask: Tensor | None, num_new: int) -> Tensor:
         inputs, targets = self.model.pose(inputs, targets, self._draw)
+        part = agreement.part_of(inputs, targets, mask, num_new, self.scoring.asked, self.device)
+        with self.charges.step("step", part.inputs, varies=varies, tokens=part.targets.numel()):
+            return self._loss(part)
+
+    def _loss(self, part: agreement.Part) -> Tensor:
+        targets, num_new = part.targets, part.num_new
         try:
-            logits, routings = self.model(inputs, mask=mask)
+            logits, routings = self.model(part.inputs, mask=part.mask)
         except RunFailedError as error:  # a layer names what it was given, not when
             raise RunFailedError(f"step {self.global_step}: {error}") from error
-        terms = {"task_loss": self.task_loss(logits, targets)}
-        if self.batches < self.first_pass:
+        terms = {"task_loss": part.weigh(task_loss := self.task_loss(logits, targets))}
+        if self.batches < self.first_pass and part.share != 0:
             with torch.no_grad():
-                self.online.add(*self.scoring.of_new(logits, targets, num_new, terms["task_loss"]))
+                self.online.add(*self.scoring.of_new(logits, targets, num_new, task_loss))
         if self.trace.follows:
             self.trace.add(self.scoring.losses(logits[:num_new], targets[:num_new]), routings)
         for routing in routings.values():
             add_terms(terms, routing.losses)
         self._step_loads.add(self._balancing, routings)
         if self._hooks.loss:
-            step = Step(self.model, inputs, targets, mask, logits, routings, terms["task_loss"], num_new)
+            step = Step(self.model, *part[:3], logits, routings, task_loss, num_new, part.all_new)
             for strategy in self._hooks.loss:
-                add_terms(terms, strategy.loss(step))
+                add_terms(terms, {name: part.weigh(term) for name, term in strategy.loss(step).items()})
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else terms["task_loss"]
         self._watch(loss, terms)
         return loss
@@ -202,10 +204,8 @@ class Learner(LeanModule):
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             raise RunFailedError(f"loss not finite at step {self.global_step}: {values}\n{_REMEDY}")
         if due:
-            points = (
-                {f"train/{name}": value.item() for name, value in terms.items()} if len(terms) > 1 else {}
-            )
-            self.note({"train/loss": loss.item(), **points}, self.global_step)
+            points = {f"train/{name}": v.item() for name, v in terms.items()} if len(terms) > 1 else {}
+            self.note(agreement.averages({"train/loss": loss.item(), **points}), self.global_step)
 
     # ---- evaluation
 

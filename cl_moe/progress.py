@@ -26,11 +26,14 @@ class StreamProgress:
         names: of the experiences.
         steps: batches in each.
         console: where to draw; standard error by default, so that results can be piped.
+        mute: say and draw nothing: another process does.
     """
 
-    def __init__(self, names: Sequence[str], steps: Sequence[int], console: Console | None = None) -> None:
+    def __init__(
+        self, names: Sequence[str], steps: Sequence[int], console: Console | None = None, mute: bool = False
+    ) -> None:
         self.names, self.steps = list(names), list(steps)
-        self.console = console or _Console(stderr=True)
+        self.console = console or _Console(stderr=True, quiet=mute)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 import lightning as L  # noqa: N812
 from torch.utils.data import DataLoader
 
-from cl_moe import checkpoint, ending, leaving, preflight, stopping
+from cl_moe import agreement, checkpoint, ending, leaving, preflight, rank_state, stopping
+from cl_moe.agreement import check_alike, from_first, is_first, share_values
 from cl_moe.anytime import Anytime
 from cl_moe.batches import training_loader
 from cl_moe.checkpoint import Branch, Checkpoints, Moment
@@ -27,9 +28,10 @@ from cl_moe.learner import Learner
 from cl_moe.measuring import Measuring, Past
 from cl_moe.progress import StreamProgress
 from cl_moe.spending import Budget, Spending
+from cl_moe.starting import start_from
 from cl_moe.stream import Experience, Stream
-from cl_moe.tracking import inside, names, table
-from cl_moe.tracking.loads import copy_rows, keep_row
+from cl_moe.tracking import names, table
+from cl_moe.tracking.loads import keep_row
 from cl_moe.tracking.record import Record
 from cl_moe.tracking.tracker import Tracker
 from cl_moe.trainer import TrainerSpec
@@ -96,7 +98,11 @@ class Run:
         preflight.check_learning(self.stream, self.training_stream, self.growth, self.freeze)
         self.fingerprint = preflight.fingerprint(self.stream, self.learner)
         experiences = self.training_stream
-        self.progress = StreamProgress([e.name for e in experiences], self.spec.num_steps(experiences))
+        steps = self.spec.num_steps(experiences)
+        self.progress = StreamProgress([e.name for e in experiences], steps, mute=not is_first())
+        if self.spec.engine is not None and self.spec.num_ranks > 1:
+            rows, flops = self.learner.optimizer_spec.rows, self.budget.bounds["flops"]
+            self.spec.engine.check(self.learner.model, self.learner.strategies, rows, self.stream.open, flops)
         self.trainer: L.Trainer = self.spec.build()
         self.spending = Spending(self.learner, self.budget, self.trainer)
         self.spending.check_start(experiences, self.growth, self.spec)
@@ -128,8 +134,9 @@ class Run:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Hold the folder, open the tracker and the progress bar; close them as the run ends."""
-        with ending.one_writer(self.folder), self.progress, self.watchdog:
-            leaving.write_start(self)  # whether or not MLflow answers
+        with ending.one_writer(self.folder) if is_first() else nullcontext(), self.progress, self.watchdog:
+            if is_first():
+                leaving.write_start(self)  # whether or not MLflow answers
             self.tracker.start(self.folder, self.name, self.params, self.tags, self.go_on)
             self.cost.start([*self.stream, *self.training_stream])
             with ending.told(self):
@@ -140,26 +147,29 @@ class Run:
 
         A fresh learner gets the head rows that the scenario gives away at the start.
         """
-        state = checkpoint.newest(self.saved_in, self._refuse)
+        state = from_first(lambda: checkpoint.newest(self.saved_in, self.refuse))
         if state is not None:
-            self._load(state)
+            self.load(state)
             self.tracker.load_state_dict(state["tracker"])
-            leaving.tell_start(self.tracker, self.folder, anew=False)
-            leaving.tell_arrived(self)
+            if is_first():
+                leaving.tell_start(self.tracker, self.folder, anew=False)
+                leaving.tell_arrived(self)
             self.tracker.send()
             self.tracker.tag("failure", "none")  # whatever ended the earlier process does not hold any more
             self.saved = Moment(state["boundary"], state["batches"])
-            self._say_where("resumed")
+            self.say_where("resumed")
             return
         self.tracker.load_state_dict(None)
-        leaving.tell_start(self.tracker, self.folder, anew=True)
+        if is_first():
+            leaving.tell_start(self.tracker, self.folder, anew=True)
         self.measured.cumulative = self.measuring.matrix
         if self.branch is not None:
-            self._start_from(self.branch)
+            start_from(self, self.branch)
         else:
             learner = self.learner
             groups, ahead = self.stream.classes_at_start, self.stream.scenario == "class"
             learner.ledger += add_classes(learner.model, groups, self.seed_init, ahead)
+        share_values(self.learner.model)
 
     def is_due(self, experience: Experience) -> bool:
         """Whether to train on it: joint training leaves nothing for later ones, and a budget may be spent."""
@@ -181,32 +191,34 @@ class Run:
         self.inside, self.learner.experience = True, experience
         with self.cost.training(experience, self.spec.epochs):
             yield loader
+        check_alike(self.learner.model, f"after training on {experience.name}")
         self.inside, self.trained = False, True
 
     def close_boundary(self, evaluation: Evaluation) -> None:
         """Record a row, save a checkpoint that holds the unsent points, then send them."""
         measured, boundary = self.measured, len(self.measured.rows)
         enter(measured, evaluation, self.past, self.measuring, self.learner, self.trainer.global_step)
-        keep_row(measured, self.folder)
+        if is_first():
+            keep_row(measured, self.folder)
         self.tracker.add(names.all_points(measured, boundary), boundary)
         if (
             boundary == 0 or measured.steps[-1] > measured.steps[-2]
         ):  # joint training stands still after its start
             self.tracker.add(self.cost.points(), self.trainer.global_step)
         self.trained = False
-        self._save(Moment(boundary))
+        self.save(Moment(boundary))
         self.progress.say(table.boundary_line(measured, boundary))
 
     def finish(self) -> float:
         """Write artifacts and figures, print the table, return the objective."""
         leaving.tell_cut(self.learner.ledger, self.tracker, self.progress.say)
         costs = self.cost.points()  # the figures are drawn after the run, and are no part of its peak
-        for path, place in leaving.left_by(self, self.progress.say):
+        for path, place in leaving.left_by(self, self.progress.say) if is_first() else ():
             self.tracker.artifact(path, place)
         self.progress.say("")
         self.progress.console.print(table.run_table(self.measured, costs))
         self.progress.say(f"written to {self.folder}")
-        return names.objective(self.measured, self.objective, costs)
+        return from_first(lambda: names.objective(self.measured, self.objective, costs))
 
     def _tick(self) -> None:
         self.progress.tick()
@@ -215,24 +227,30 @@ class Run:
     def _between_tests(self) -> None:
         """Nothing of a run changes in an evaluation, so it may be saved and end there at any time."""
         self.watchdog.alive()
-        if self.trained and stopping.asked():
-            self._save(Moment(self.boundary, self.learner.batches))
-        stopping.obey()
+        wished = agreement.most(stopping.wish())
+        if self.trained and wished:
+            self.save(Moment(self.boundary, self.learner.batches))
+        stopping.obey(wished)
 
     def _between_steps(self) -> None:
         """Between two optimizer steps a run may look at its past experiences, be saved, and stop."""
         step = self.trainer.global_step
         self.spending.check(self.boundary, self.learner.batches)
         self.tracker.add(self.anytime.points(self.measured, step), step)
-        if self.checkpoints.due() or stopping.asked():
-            self._save(Moment(self.boundary, self.learner.batches))
-        stopping.obey()
+        due = stopping.SAVE if self.checkpoints.due() else 0
+        wished = agreement.most(max(due, stopping.wish()))
+        if wished:
+            self.save(Moment(self.boundary, self.learner.batches))
+        stopping.obey(wished)
 
-    def _save(self, moment: Moment) -> None:
+    def save(self, moment: Moment) -> None:
         """Write a checkpoint that holds the unsent points, then send them."""
         self.watchdog.alive()
         best = int(self.measured.matrix.nanmean(dim=1).nan_to_num(-math.inf).argmax())
-        self.checkpoints.save(self.saved_in, moment, self._state(), best)
+        state = rank_state.with_all(self._state())
+        if is_first():
+            self.checkpoints.save(self.saved_in, moment, state, best)
+        self.checkpoints.began_anew()
         self.saved = moment
         self.tracker.send()
 
@@ -249,7 +267,9 @@ class Run:
             "tracker": self.tracker.state_dict(),
         }
 
-    def _load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go to where a checkpoint was written."""
+        state = rank_state.own_of(state)
         self.learner.load_whole_state(state["learner"])
         self.trainer.fit_loop.load_state_dict(state["loop"])
         self.trainer.fit_loop.max_epochs = state["max_epochs"]
@@ -262,39 +282,11 @@ class Run:
         self.inside = state["batches"] > 0 and not self.trained
         self.learner.batches = state["batches"]
 
-    def _refuse(self, state: Mapping[str, Any]) -> str | None:
+    def refuse(self, state: Mapping[str, Any]) -> str | None:
         """Why a state is not this run's, if it is not."""
         return preflight.why_not(state, self.fingerprint, self.upcycled is not None, self.stream.open)
 
-    def _start_from(self, branch: Branch) -> None:
-        """Take over a parent's boundary; a strategy new here is shown the past, as if it had been there."""
-        state = checkpoint.at(branch, self._refuse)
-        preflight.check_something_left(self.training_stream, branch.boundary)
-        if self.upcycled is not None:
-            state = self.upcycled.take_over(state)
-        self._load(state)
-        self.cost.load_state_dict(state["cost"], same_run=False)
-        if self.upcycled is not None:
-            self.past.forget()  # what the dense parent chose by is no part of the mixture
-        copy_rows(branch.folder, self.folder, branch.boundary)
-        self.learner.place_classes()  # a strategy may ask for the loss on the past
-        for name, strategy in self.learner.strategies.items():
-            if name not in state["learner"]["strategies"]:
-                for experience in self.training_stream[: branch.boundary]:
-                    self.learner.experience = experience
-                    with self.learner.charges.counting(strategy.computes):
-                        strategy.end(self.learner.outlook())
-        for i in range(branch.boundary + 1):
-            self.tracker.add(names.all_points(self.measured, i), i)
-        for step, points in inside.anytime_points(self.measured):
-            self.tracker.add(points, step)
-        self.tracker.add(self.cost.points(), self.trainer.global_step)
-        self._save(Moment(branch.boundary))
-        self._say_where("branched off")
-        if self.upcycled is not None and not self.upcycled.exact:
-            self.progress.say("what the model computes changes as it becomes sparse: see growth/shock")
-        self.upcycled = None  # it holds a model's weights
-
-    def _say_where(self, verb: str) -> None:
+    def say_where(self, verb: str) -> None:
+        """Say where the run goes on from."""
         assert self.saved is not None
         self.progress.say(f"{verb} {ending.where(self.saved, len(self.stream))}")

@@ -75,6 +75,11 @@ class Scoring:
             loss_B[known_B] = F.cross_entropy(own_BC, column_B[known_B], reduction="none")
         return loss_B
 
+    @staticmethod
+    def asked(targets: Tensor) -> Tensor:
+        """() number of answers that the task loss is a mean over."""
+        return (targets != IGNORE).sum()
+
     def own_task(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits with other tasks' columns at -inf where the scenario gives the task away; else unchanged."""
         if self.group_of_class is None:

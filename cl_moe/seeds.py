@@ -46,8 +46,10 @@ def generator_states() -> dict[str, list[Tensor]]:
     return {"cpu": [torch.get_rng_state()], "cuda": cuda}
 
 
-def set_generator_states(states: Mapping[str, Sequence[Tensor]]) -> None:
-    """Put them there again; on a machine with fewer devices, those that there are."""
+def set_generator_states(states: Mapping[str, Sequence[Tensor]] | None) -> None:
+    """Put them there again; on a machine with fewer devices, those that there are. None: leave them."""
+    if states is None:  # of a checkpoint that another number of ranks wrote
+        return
     torch.set_rng_state(states["cpu"][0])
     for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
         torch.cuda.set_rng_state(state, device)

@@ -15,8 +15,12 @@ from contextlib import contextmanager, suppress
 
 from cl_moe.errors import InputError, RunFailedError, StopRequestedError
 
+SAVE, STOP, INTERRUPT = 1, 2, 3
+"""Wishes, as numbers: of several the largest counts."""
+
 _noted: signal.Signals | None = None
 _deferring = False
+_silent = False
 
 
 @contextmanager
@@ -40,11 +44,17 @@ def listening() -> Iterator[None]:
 def deferring() -> Iterator[None]:
     """Leave the moment to the block, which calls ``obey``."""
     global _deferring
-    _deferring = True
+    before, _deferring = _deferring, True
     try:
         yield
     finally:
-        _deferring = False
+        _deferring = before
+
+
+def be_silent() -> None:
+    """Say nothing when asked, in a process whose parent says it."""
+    global _silent
+    _silent = True
 
 
 def asked() -> bool:
@@ -52,14 +62,23 @@ def asked() -> bool:
     return _noted is not None
 
 
-def obey() -> None:
+def wish() -> int:
+    """What was asked for, as a number: 0 for nothing, ``STOP``, or ``INTERRUPT`` for Ctrl-C."""
+    return 0 if _noted is None else INTERRUPT if _noted == signal.SIGINT else STOP
+
+
+def obey(wished: int | None = None) -> None:
     """Stop here, if it was asked for.
+
+    Args:
+        wished: what ranks that stop together have agreed on; None: what this process was asked.
 
     Raises:
         StopRequestedError: it was.
     """
-    if _noted is not None:
-        raise StopRequestedError(keyboard=_noted == signal.SIGINT)
+    wished = wish() if wished is None else wished
+    if wished >= STOP:
+        raise StopRequestedError(keyboard=wished == INTERRUPT)
 
 
 def behind(error: BaseException) -> BaseException:
@@ -81,5 +100,7 @@ def _hear(number: int, _: object) -> None:
         return  # a scheduler that repeats itself; what it asked for is on its way
     if not _deferring:
         raise StopRequestedError
+    if _silent:
+        return
     with suppress(Exception):  # whoever read it may be gone, or be reading a line that is half written
         print("stopping when this step is done and saved (Ctrl-C: at once)", file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from cl_moe.checkpoint import Checkpoints
+from cl_moe.engines import Engine
 from cl_moe.errors import InputError
 from cl_moe.growth import FreezePolicy, GrowthBudget, GrowthSchedule, PrunePolicy
 from cl_moe.layers.expert_layer import ExpertLayer
@@ -40,6 +41,7 @@ PARTS: tuple[type, ...] = (
         Strategy,
         OptimizerSpec,
         TrainerSpec,
+        Engine,
         Tracker,
         Checkpoints,
         Measuring,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import Any
 
 import lightning as L  # noqa: N812
 import torch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from cl_moe.engines import Device, Engine
 from cl_moe.errors import InputError
 from cl_moe.stream import Stream
 
@@ -16,9 +19,16 @@ PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
 
 class _Trainer(L.Trainer):
-    """Leaves SIGTERM to ``stopping``; Lightning's own way skips hooks at an epoch's end and saves nothing."""
+    """Leaves SIGTERM to ``stopping``; Lightning's own way skips hooks at an epoch's end and saves nothing.
+
+    Among ranks its handler waits for all of them inside the signal, wherever each of them stands: for ever.
+    """
 
     received_sigterm = False
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
 class TrainerSpec:
@@ -29,7 +39,10 @@ class TrainerSpec:
         batch_size: new examples per step; the last batch of an epoch may be smaller.
         eval_batch_size: examples per evaluation batch.
         accelerator: ``auto`` takes a GPU where there is one; ``cpu``, ``gpu``, ``mps``.
-        devices: how many; one in this version.
+        devices: processes on each machine, each with a device of its own; ``batch_size`` is split among all.
+        num_nodes: machines; each runs the same command.
+        rendezvous: ``host:port`` of one of them, where they meet.
+        engine: how several processes train one model; None for one process.
         precision: as Lightning names it: ``32-true``, ``bf16-mixed`` (weights in float32), ``64-true``.
         threads: torch's CPU threads; fixed, since another number changes the bits.
         gradient_clip: largest gradient norm; None for no clipping.
@@ -52,8 +65,13 @@ class TrainerSpec:
         accumulate: int = 1,
         log_every: int = 20,
         stall_minutes: float | None = 30.0,
+        num_nodes: int = 1,
+        rendezvous: str | None = None,
+        engine: Engine | None = None,
     ) -> None:
         counts = {
+            "devices": devices,
+            "num_nodes": num_nodes,
             "epochs": epochs,
             "batch_size": batch_size,
             "eval_batch_size": eval_batch_size,
@@ -78,13 +96,46 @@ class TrainerSpec:
             raise InputError(
                 got=f"precision={precision}", allowed=", ".join(PRECISIONS), key="trainer.precision"
             )
-        if devices != 1:
-            raise InputError(got=f"devices={devices}", allowed="1 with trainer=auto", key="trainer.devices")
+        if engine is None and devices * num_nodes != 1:
+            raise InputError(
+                got=f"devices={devices}, num_nodes={num_nodes} with trainer=auto",
+                allowed="1 of each, or trainer=ddp",
+                key="trainer (or trainer.devices)",
+            )
+        if (num_nodes > 1) != (rendezvous is not None):
+            raise InputError(
+                got=f"num_nodes={num_nodes} and rendezvous={rendezvous}",
+                allowed="host:port of one of several machines, and null for one",
+                key="trainer.rendezvous (or trainer.num_nodes)",
+            )
         self.epochs, self.batch_size, self.eval_batch_size = epochs, batch_size, eval_batch_size
         self.accelerator, self.devices, self.precision = accelerator, devices, precision
         self.threads, self.gradient_clip = threads, gradient_clip
         self.accumulate, self.log_every = accumulate, log_every
         self.stall_minutes = stall_minutes
+        self.num_nodes, self.rendezvous, self.engine = num_nodes, rendezvous, engine
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that train together."""
+        return self.devices * self.num_nodes
+
+    @property
+    def device(self) -> Device:
+        """What the ranks compute on.
+
+        Raises:
+            InputError: there are too few of them.
+        """
+        if self.accelerator == "cpu" or (self.accelerator == "auto" and not torch.cuda.is_available()):
+            return "cpu"
+        if self.accelerator not in ("auto", "gpu", "cuda") or torch.cuda.device_count() < self.devices:
+            raise InputError(
+                got=f"devices={self.devices} of accelerator={self.accelerator}",
+                allowed=f"cpu, or gpu with at most {torch.cuda.device_count()} devices on this machine",
+                key="trainer.devices (or trainer.accelerator)",
+            )
+        return "cuda"
 
     def build(self) -> L.Trainer:
         """The Trainer, with its chatter silenced: what we need to say, we say once ourselves."""
@@ -100,7 +151,9 @@ class TrainerSpec:
                 max_epochs=0,  # raised before each fit: see ``raise_epochs``
                 accelerator=self.accelerator,
                 devices=self.devices,
-                precision=self.precision,  # type: ignore[arg-type]
+                num_nodes=self.num_nodes,
+                **self._among_ranks(),
+                precision=self.precision,
                 gradient_clip_val=self.gradient_clip,
                 accumulate_grad_batches=self.accumulate,
                 logger=False,
@@ -116,6 +169,12 @@ class TrainerSpec:
                 allowed="auto, or what this machine has of cpu, gpu, mps",
                 key="trainer.accelerator",
             ) from error
+
+    def _among_ranks(self) -> dict[str, Any]:
+        if self.engine is None or self.num_ranks == 1:
+            return {}
+        # named, since under SLURM Lightning would take the scheduler's ranks for ours
+        return {"strategy": self.engine.strategy(), "plugins": [TorchElasticEnvironment()]}
 
     def raise_epochs(self, trainer: L.Trainer) -> None:
         """Let the next fit train: without this a second fit of the same Trainer trains nothing, silently."""

@@ -18,7 +18,7 @@ import torch
 from hypothesis import settings
 from omegaconf import DictConfig, open_dict
 
-collect_ignore = ["killed.py", "chaos.py", "browser.py", "pictures.py"]  # programs, not tests
+collect_ignore = ["killed.py", "company.py", "chaos.py", "browser.py", "pictures.py"]  # programs, not tests
 torch.set_num_threads(1)
 settings.register_profile("cl_moe", deadline=None, derandomize=True)
 settings.load_profile("cl_moe")

@@ -39,11 +39,11 @@ def test_a_fingerprint_knows_the_stream_its_data_and_the_models_shape(build: Cal
 
 def test_a_checkpoint_of_other_data_is_refused(build: Callable[..., Run]):
     run = build("run")
-    assert run._refuse({"fingerprint": run.fingerprint}) is None
+    assert run.refuse({"fingerprint": run.fingerprint}) is None
     for theirs in ({}, {**run.fingerprint, "stream": ["split_digits"]}):
-        assert "another stream, or of other data" in (run._refuse({"fingerprint": theirs}) or "")
+        assert "another stream, or of other data" in (run.refuse({"fingerprint": theirs}) or "")
     other = {**run.fingerprint, "model": {}}
-    assert "another model" in (run._refuse({"fingerprint": other}) or "")
+    assert "another model" in (run.refuse({"fingerprint": other}) or "")
 
 
 @pytest.mark.parametrize(("strategy", "boundary", "left"), [("naive", 2, True), ("naive", 3, False)])

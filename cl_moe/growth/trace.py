@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cl_moe.agreement import rows_of_all
+from cl_moe.layers.ranks import sum_over_ranks
 from cl_moe.layers.routing import Routing, fold_load
 
 
@@ -79,7 +81,11 @@ class Trace:
 
     @torch.no_grad()
     def add(self, losses_B: Tensor, routings: Mapping[int, Routing]) -> None:
-        """Take up a batch: losses of its new examples, nats, and what the layers routed."""
+        """Take up a batch, this rank's part of it: losses of new examples, nats, and what the layers routed.
+
+        What all ranks took up is gathered here, so that they know the same.
+        """
+        losses_B = rows_of_all(losses_B)
         if self._batches % self._per_pass == 0:
             self._begin_pass()
         asked_B = losses_B[~losses_B.isnan()]
@@ -90,7 +96,7 @@ class Trace:
             self._sum, self._count = self._sum + asked_B.sum(), self._count + len(asked_B)
         if self.looks.loads:
             for layer, routing in routings.items():
-                score_N = fold_load(routing).score
+                score_N = sum_over_ranks(fold_load(routing).score)
                 self._loads[layer] = score_N + self._loads[layer] if layer in self._loads else score_N
 
     def close(self, sizes: Mapping[int, Sequence[int]]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cl_moe.errors import InputError
 from cl_moe.layers.checks import number, whole
 from cl_moe.layers.precision import no_autocast, wide
+from cl_moe.layers.ranks import part_of_mean
 from cl_moe.layers.rounding import whole_share, whole_shares
 from cl_moe.layers.routing import Routing
 from cl_moe.layers.selection import top_k_first
@@ -134,9 +135,11 @@ class DepthRouter(nn.Module):
             return guess_BS > 0 if valid_BS is None else (guess_BS > 0) & valid_BS, {}
         loss_BS = F.binary_cross_entropy_with_logits(guess_BS, chosen_BS.to(guess_BS.dtype), reduction="none")
         if valid_BS is None:
-            loss = loss_BS.mean()
+            loss, count = loss_BS.sum() / max(loss_BS.numel(), 1), torch.tensor(loss_BS.numel())
         else:
-            loss = loss_BS.masked_fill(~valid_BS, 0.0).sum() / valid_BS.sum().clamp_min(1)
+            count = valid_BS.sum()
+            loss = loss_BS.masked_fill(~valid_BS, 0.0).sum() / count.clamp_min(1)
+        loss = part_of_mean(loss, count)
         return chosen_BS, {"depth_predictor": self.predictor_weight * loss}
 
     def _top(self, r_BS: Tensor, valid_BS: Tensor | None) -> Tensor:

@@ -8,10 +8,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_group: dist.ProcessGroup | None = None
+
+
+def use_group(group: dist.ProcessGroup | None) -> None:
+    """Let sums go over this group; None: over the default one, as long as none was named.
+
+    A run whose gradients are averaged during the backward pass (DDP) needs one for these sums alone: the two
+    are then never waited for in another order on another rank.
+    """
+    global _group
+    _group = group
+
+
+def num_ranks() -> int:
+    """Ranks of the run; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
 
 def several_ranks() -> bool:
     """Whether other ranks run beside this one."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return num_ranks() > 1
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -19,21 +36,33 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
     Every rank must call it the same number of times, so layers do so only while training.
     """
-    if not several_ranks():
-        return x
-    return _SumOverRanks.apply(x)
+    return x if num_ranks() == 1 else _SumOverRanks.apply(x)
+
+
+def part_of_mean(mean: Tensor, count: Tensor | int) -> Tensor:
+    """A rank's part of a mean over the items of all ranks: the ranks' average of it is that mean.
+
+    Args:
+        mean: over this rank's items; finite where there are none.
+        count: how many these are.
+    """
+    if num_ranks() == 1:
+        return mean
+    count = torch.as_tensor(count, device=mean.device).to(torch.float64)
+    share = count * num_ranks() / sum_over_ranks(count).clamp_min(1.0)
+    return mean * share.to(mean.dtype)
 
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.clone()
-        dist.all_reduce(x)
+        dist.all_reduce(x, group=_group)
         return x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         # every rank's loss depends on every rank's x: the same sum again
         grad = grad.clone()
-        dist.all_reduce(grad)
+        dist.all_reduce(grad, group=_group)
         return grad

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_moe.layers.ranks import num_ranks
+
 
 class ExpertTable(nn.Parameter):
     """A parameter (N, D) whose row i is one expert's vector; a step reads few of its rows.
@@ -33,8 +35,8 @@ class ExpertTable(nn.Parameter):
 
 
 def wants_rows(table: Tensor) -> bool:
-    """Whether a backward pass shall leave a gradient of rows for it."""
-    return isinstance(table, ExpertTable) and table.by_rows
+    """Whether a backward pass shall leave a gradient of rows for it; ranks average whole ones."""
+    return isinstance(table, ExpertTable) and table.by_rows and num_ranks() == 1
 
 
 def sparse_rows(row_U: Tensor, value_UD: Tensor, num_rows: int) -> Tensor:

@@ -5,7 +5,7 @@ Legend: B batch, S positions, C columns of logits, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,8 +82,7 @@ class OnlineScore:
     @property
     def mean(self) -> float:
         """Right answers as a share, or minus nats per token; NaN where nothing was seen."""
-        count = float(self._count)
-        return float(self._total) / count if count else float("nan")
+        return mean_of([self.state_dict()])
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python: both sums are whole in 64 bits."""
@@ -92,3 +91,9 @@ class OnlineScore:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
         self._total, self._count = state["total"], state["count"]
+
+
+def mean_of(states: Sequence[Mapping[str, Any]]) -> float:
+    """The mean over what several ``OnlineScore`` took up; NaN where nothing was seen."""
+    count = sum(state["count"] for state in states)
+    return sum(state["total"] for state in states) / count if count else float("nan")

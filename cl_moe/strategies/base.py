@@ -7,6 +7,9 @@ before the run, and ``check`` before that; ``predict`` by evaluations.
 A run may be killed between any two steps and go on in another process: there ``begin`` is called again,
 then ``load_state_dict`` with what ``state_dict`` gave between the two steps. So what ``begin`` makes and
 steps change belongs into the state; what ``begin`` makes and steps only read does not.
+
+Among ranks each has every strategy, and what it keeps is the same. Only ``loss`` sees a rank's own rows:
+its terms are means over them, or the same on all ranks. What is kept of them is gathered (``agreement``).
 """
 
 from __future__ import annotations
@@ -95,6 +98,7 @@ class Step:
         routings: by block index.
         task_loss: scalar, as it stands in the loss.
         num_new: rows of the stream, which come first; None: all.
+        all_new: the same, of all ranks of a distributed run; None: as ``num_new``.
     """
 
     model: ContinualModel
@@ -105,6 +109,7 @@ class Step:
     routings: dict[int, Routing]
     task_loss: Tensor | None = None
     num_new: int | None = None
+    all_new: int | None = None
 
 
 class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothing)

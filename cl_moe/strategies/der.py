@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from cl_moe import agreement
 from cl_moe.batches import padding_mask
 from cl_moe.errors import InputError
 from cl_moe.seeds import derive_seed
@@ -31,6 +32,8 @@ class DER(Strategy):
     authors' code has it) and ``beta * task loss`` of the other (equation 7). A column that was not born when
     an answer was given is held to 0 there; the authors' head has all columns from the start, and DER keeps
     more by what it says of classes to come.
+
+    Among ranks, every rank keeps the whole memory, and puts all that was drawn for a step to its model.
 
     Args:
         memory_size: examples kept (sequences, for language), with their logits.
@@ -62,14 +65,16 @@ class DER(Strategy):
     def loss(self, step: Step) -> dict[str, Tensor]:
         """The two terms, as soon as there is a memory; then the batch is offered to it."""
         count = len(step.targets) if step.num_new is None else step.num_new
+        count_all = count if step.all_new is None else step.all_new
         terms = {}
         if len(self.memory):
             if self.alpha:
-                terms["der_logits"] = self.alpha * self._answers(step, count)
+                terms["der_logits"] = self.alpha * self._answers(step, count_all)
             if self.beta:
-                terms["der_labels"] = self.beta * self._labels(step, count)
-        if count and self.keep == "step":
-            self._take(step.inputs[:count], step.targets[:count], step.logits[:count])
+                terms["der_labels"] = self.beta * self._labels(step, count_all)
+        if count_all and self.keep == "step":
+            new = (step.inputs[:count], step.targets[:count], step.logits[:count])
+            self._take(*(agreement.rows_of_all(column) for column in new))
             self._steps += 1
         return terms
 

@@ -91,7 +91,8 @@ class ICaRL(Strategy):
         """``icarl``, the method's loss, and ``icarl_task``, minus the task loss that it replaces."""
         old, new = self._columns
         logits_BC = step.logits.float()
-        column_B = torch.tensor([self._column_of[label] for label in step.targets.tolist()])
+        columns = [self._column_of[label] for label in step.targets.tolist()]
+        column_B = torch.tensor(columns, dtype=torch.int64)
         wanted_BC = F.one_hot(column_B, logits_BC.shape[1]).to(logits_BC)
         if self.teacher and old:
             answer = self.teacher.logits(step.model, step.inputs, step.mask)

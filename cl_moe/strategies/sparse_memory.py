@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cl_moe.errors import InputError
 from cl_moe.layers.product_key_layer import ProductKeyLayer
+from cl_moe.layers.ranks import sum_over_ranks
 from cl_moe.layers.routing import fold_load
 from cl_moe.layers.tables import row_gradient
 from cl_moe.models.base import ContinualModel
@@ -120,6 +121,7 @@ class SparseMemory(Strategy):
             return
         for block, layer in model.expert_layers.items():
             assert isinstance(layer, ProductKeyLayer)
+            self._reads[block] = sum_over_ranks(self._reads[block])
             chosen_N, first = self.chosen(block), 0
             for cohort, size in zip(layer.cohorts, layer.cohort_sizes, strict=True):
                 mine_n = chosen_N[first : first + size]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cl_moe.errors import InputError
 from cl_moe.layers.checks import number
 from cl_moe.layers.precision import no_autocast, wide
-from cl_moe.layers.ranks import sum_over_ranks
+from cl_moe.layers.ranks import part_of_mean, sum_over_ranks
 from cl_moe.layers.routers.scores import Scores
 from cl_moe.layers.routing import Routing
 from cl_moe.layers.tokens import Tokens
@@ -98,8 +98,8 @@ class Router(nn.Module, ABC):
     ) -> dict[str, Tensor]:
         """The auxiliary losses, weighted; the balance loss looks at live experts only (FORMULAS 6)."""
         losses = {}
+        training = self.training and torch.is_grad_enabled()
         if self.balance > 0:
-            training = self.training and torch.is_grad_enabled()
             loss = load_balancing_loss(
                 self.scores.log(logits_TC),
                 choice_TK,
@@ -109,7 +109,10 @@ class Router(nn.Module, ABC):
             )
             losses["balance"] = self.balance * loss
         if self.z_loss > 0:
-            losses["z_loss"] = self.z_loss * router_z_loss(logits_TC, valid_T)
+            loss = router_z_loss(logits_TC, valid_T)
+            if training:
+                loss = part_of_mean(loss, len(logits_TC) if valid_T is None else valid_T.sum())
+            losses["z_loss"] = self.z_loss * loss
         return losses
 
 
