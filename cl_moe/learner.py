@@ -113,7 +113,7 @@ class Learner(LeanModule):
         if self._restart is None:
             self.charges.forget(self.cost_varies(training=True))
             self.online.reset()
-            self.trace.open(self.first_pass)
+            self.trace.open(self.first_pass, index)
         for strategy in self.strategies.values():
             with self.charges.counting(strategy.computes and self._restart is None):
                 strategy.begin(self.outlook())

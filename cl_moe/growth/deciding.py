@@ -63,17 +63,27 @@ def stopped_by(model: ContinualModel, at: int, stop: Stop, newborns: int) -> lis
 def ended_by(
     model: ContinualModel, census: Census, policy: PrunePolicy, stopped: Sequence[Event]
 ) -> list[Event]:
-    """What a prune policy's decision means for each layer; what is being stopped starts not anew."""
+    """What a prune policy's decision means for each layer; what is being stopped starts not anew.
+
+    The last cohort that learns goes on, also where the others stop at this very boundary.
+    """
     if any(event["act"] == "freeze_all" for event in stopped):
         return []
     removal, at, events = policy.decide(census), census.experience, list[Event]()
     for layer, body in model.expert_layers.items():
         gone = [c for e in stopped if e["act"] == "freeze" and e["layer"] == layer for c in e["cohorts"]]
         frozen = [index in gone or is_frozen for index, is_frozen in enumerate(body.frozen_cohorts)]
-        ids = [e for e in removal.experts.get(layer, ()) if not frozen[body.cohort_of(e)]]
+        dead = removal.experts.get(layer, ())
+        ids = [e for e in dead if not frozen[body.cohort_of(e)] and body.computes(e)]
         if ids:
             events.append(event_of(at, "recycle", layer, experts=ids, init=policy.init, noise=policy.noise))
-        if cohorts := list(removal.cohorts.get(layer, ())):
+        cohorts, alive = (
+            list(removal.cohorts.get(layer, ())),
+            [i for i, stop in enumerate(frozen) if not stop],
+        )
+        if alive and {*alive} <= {*cohorts}:
+            cohorts.remove(alive[-1])
+        if cohorts:
             events.append(event_of(at, "prune", layer, cohorts=cohorts))
     return events
 

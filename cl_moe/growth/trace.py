@@ -46,7 +46,7 @@ class Trace:
     Attributes:
         newest: (n,) float64, losses of the last ``samples`` examples of the first pass through the newest
             experience, each before the step on it (prequential: Dawid 1984).
-        means: of each experience that was trained, the mean loss in its last pass.
+        means: of each experience the mean loss in its last pass; NaN if it was not trained or followed.
         totals: by layer (N,) float64, the loads in the last pass through each experience, added up.
         peaks: by layer (N,) float64, the largest of them.
         lives: by layer (N,) float64, experiences that an expert was trained in since it began.
@@ -71,8 +71,10 @@ class Trace:
         """Whether ``add`` has anything to do."""
         return any(self.looks)
 
-    def open(self, per_pass: int) -> None:
-        """An experience begins, of so many batches in a pass."""
+    def open(self, per_pass: int, experience: int) -> None:
+        """The experience of this number begins, of so many batches in a pass."""
+        if self.looks.losses:  # those before it that nobody followed: the parent of a branch kept none
+            self.means += [float("nan")] * (experience - len(self.means))
         self.newest, self._batches, self._per_pass = self.newest[:0], 0, per_pass
         self._begin_pass()
 

@@ -131,6 +131,12 @@ class ExpertLayer(nn.Module, ABC):
         """The cohort that an expert belongs to, by its id."""
         return bisect_right(list(accumulate(self.cohort_sizes)), expert)
 
+    def computes(self, expert: int) -> bool:
+        """Whether an expert, by its id, does anything: no-ops, the last of their cohort, do not."""
+        index = self.cohort_of(expert)
+        place = expert - sum(self.cohort_sizes[:index])
+        return place < int(getattr(self.cohorts[index], "num_computing", self.cohort_sizes[index]))
+
     @property
     def pruned_cohorts(self) -> tuple[int, ...]:
         """Cohorts that are no candidates any more, unless they are asked for."""

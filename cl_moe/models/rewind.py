@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,11 +26,13 @@ class RouterState:
         values: by name as in ``state_dict``, on the CPU.
         num_cohorts: of every expert layer; 0 for a model without experts.
         num_head_cohorts: groups of classes that had come, and had head rows.
+        pruned: by expert layer, cohorts that were no candidates any more; layers without any are left out.
     """
 
     values: Mapping[str, Tensor]
     num_cohorts: int
     num_head_cohorts: int
+    pruned: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: ContinualModel, before: RouterState | None = None) -> RouterState:
@@ -41,13 +43,13 @@ class RouterState:
             value = live[name].detach().cpu()
             same = name in known and torch.equal(known[name], value)
             values[name] = known[name] if same else value.clone()
-        return cls(values, _num_cohorts(model), model.head.num_arrived_cohorts)
+        return cls(values, _num_cohorts(model), model.head.num_arrived_cohorts, pruned_in(model))
 
     def is_of(self, model: ContinualModel) -> bool:
         """Whether the model still chooses like this, of as many cohorts and classes."""
         now = RouterState.of(model, self)
-        counts = (self.num_cohorts, self.num_head_cohorts)
-        return (now.num_cohorts, now.num_head_cohorts) == counts and all(
+        counts = (self.num_cohorts, self.num_head_cohorts, self.pruned)
+        return (now.num_cohorts, now.num_head_cohorts, now.pruned) == counts and all(
             now.values[name] is value for name, value in self.values.items()
         )
 
@@ -73,19 +75,53 @@ class RouterState:
         """
         device = next(model.parameters()).device
         values = {name: value.to(device) for name, value in self.values.items()}
-        # None where nothing was born: the very computation of an evaluation, to its bits.
-        if cohorts is not None:
-            cohorts = [cohort for cohort in cohorts if cohort < self.num_cohorts] or None
-        elif self.num_cohorts < _num_cohorts(model):
-            cohorts = range(self.num_cohorts)
-        options = {"mask": mask, "cohorts": cohorts}
-        with _first_rows(model.head, self.num_head_cohorts):
+        among = candidates(model, self.num_cohorts, self.pruned)
+        with _first_rows(model.head, self.num_head_cohorts), among as everyone:
+            asked = [cohort for cohort in cohorts or () if cohort < self.num_cohorts]
+            options = {"mask": mask, "cohorts": asked or everyone}
             logits, _ = functional_call(model, values, (inputs,), options, strict=False)
         return logits
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain Python only; tensors that states share are written once into one file."""
         return {**vars(self), "values": dict(self.values)}
+
+
+def pruned_in(model: ContinualModel) -> dict[int, tuple[int, ...]]:
+    """The pruned cohorts of each expert layer that has any."""
+    return {i: layer.pruned_cohorts for i, layer in model.expert_layers.items() if layer.pruned_cohorts}
+
+
+@contextmanager
+def candidates(
+    model: ContinualModel, num_cohorts: int, pruned: Mapping[int, Sequence[int]]
+) -> Iterator[Sequence[int] | None]:
+    """Let a model choose among the cohorts that it chose among once; yields those to ask every layer for.
+
+    None, no layer in particular, where nothing was born: the very computation of an evaluation, to its bits.
+    And where cohorts were pruned, in each layer others: then it is the layers that leave out what was no
+    candidate.
+
+    Args:
+        model: as before afterwards, also after an error.
+        num_cohorts: of every expert layer then.
+        pruned: then, as ``pruned_in`` tells them.
+    """
+    if not pruned and not pruned_in(model):
+        yield range(num_cohorts) if num_cohorts < _num_cohorts(model) else None
+        return
+    changed = []
+    for index, layer in model.expert_layers.items():
+        now, gone = layer.pruned_cohorts, pruned.get(index, ())
+        for place, cohort in enumerate(layer.cohorts):
+            if (was := place in now) != (out := place >= num_cohorts or place in gone):
+                changed.append((cohort, was))
+                cohort.pruned = out  # type: ignore[assignment]
+    try:
+        yield None
+    finally:
+        for cohort, was in changed:
+            cohort.pruned = was  # type: ignore[assignment]
 
 
 @contextmanager

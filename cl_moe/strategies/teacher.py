@@ -20,18 +20,20 @@ from torch.func import functional_call
 from cl_moe.errors import InputError
 from cl_moe.losses import distillation_loss
 from cl_moe.models.base import ContinualModel
+from cl_moe.models.rewind import candidates, pruned_in
 from cl_moe.strategies.base import Outlook, Step, Strategy, tensor_bytes
 from cl_moe.stream import IGNORE
 
 
 class Teacher:
-    """Old values, and how many cohorts and head columns were there."""
+    """Old values, how many cohorts and head columns were there, and which cohorts were no candidates."""
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
         self.device = torch.device("cpu")
         self.num_classes = 0
         self.num_cohorts: int | None = None
+        self.pruned: dict[int, tuple[int, ...]] = {}
 
     def __bool__(self) -> bool:
         return self.num_classes > 0
@@ -46,19 +48,18 @@ class Teacher:
         sizes = {len(layer.cohorts) for layer in model.expert_layers.values()}
         if len(sizes) > 1:
             raise ValueError(f"expert layers with different numbers of cohorts: {sorted(sizes)}")
-        self.num_cohorts = sizes.pop() if sizes else None
+        self.num_cohorts, self.pruned = sizes.pop() if sizes else None, pruned_in(model)
 
     @torch.no_grad()
     def logits(self, model: ContinualModel, inputs: Tensor, mask: Tensor | None) -> Tensor:
         """The old model's logits (B, C_old) or (B, S, V), dropout off and running statistics used."""
-        cohorts = None if self.num_cohorts is None else range(self.num_cohorts)
         training = [part for part in model.modules() if part.training]
         for part in training:
             part.training = False
         try:
-            logits, _ = functional_call(
-                model, self.values, (inputs,), {"mask": mask, "cohorts": cohorts}, strict=False
-            )
+            with candidates(model, self.num_cohorts or 0, self.pruned) as cohorts:
+                options = {"mask": mask, "cohorts": cohorts}
+                logits, _ = functional_call(model, self.values, (inputs,), options, strict=False)
         finally:
             for part in training:
                 part.training = True
@@ -66,12 +67,14 @@ class Teacher:
 
     def state_dict(self) -> dict[str, Any]:
         """Old values and counts."""
-        return {"values": self.values, "num_classes": self.num_classes, "num_cohorts": self.num_cohorts}
+        counts = {"num_classes": self.num_classes, "num_cohorts": self.num_cohorts, "pruned": self.pruned}
+        return {"values": self.values, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take old values and counts back."""
         self.values = dict(state["values"])
         self.num_classes, self.num_cohorts = state["num_classes"], state["num_cohorts"]
+        self.pruned = dict(state.get("pruned", {}))
         self.to(self.device)
 
     def to(self, device: torch.device) -> None:

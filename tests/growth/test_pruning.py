@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from cl_moe.errors import InputError
-from cl_moe.growth import Census, LayerCensus, NeverGrow, NeverPrune, PastExperts, PruneIdle, RecycleDead
+from cl_moe.growth import (
+    Aged,
+    Census,
+    LayerCensus,
+    NeverFreeze,
+    NeverGrow,
+    NeverPrune,
+    PastExperts,
+    PruneIdle,
+    RecycleDead,
+)
 from cl_moe.growth.adapt import adapt, replay, take_census
 from cl_moe.growth.checks import check_prune
 from cl_moe.growth.pruning import Removal
+from cl_moe.layers import MoE, TopK
 from cl_moe.layers.expert_layer import ExpertLayer
+from cl_moe.models import MLPClassifier
+from cl_moe.seeds import seeded
 
 X = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
 
@@ -182,3 +196,24 @@ def test_policies_refuse_what_cannot_be(build, key: str) -> None:
     with pytest.raises(InputError) as caught:
         build()
     assert caught.value.key == key
+
+
+def test_no_ops_do_not_start_anew() -> None:
+    with seeded(0, "init"):
+        layer = partial(MoE, num_experts=2, hidden=8, num_noops=2, router=partial(TopK, k=2))
+        model = MLPClassifier((6,), 6, layer, width=16, num_blocks=1)
+    model.expert_layers[0].grow(2)
+    dead = LayerCensus((4, 2), (0, 1), (False, False), peak=torch.zeros(6), lives=torch.ones(6))
+    events = adapt(model, Census(2, {0: dead}), NeverGrow(), NeverFreeze(), (0,), 0, RecycleDead())
+    assert [event["experts"] for event in events if event["act"] == "recycle"] == [[0, 1, 4, 5]]
+
+
+def test_the_last_that_learns_is_not_pruned_where_the_others_stop(new_model) -> None:
+    model = new_model("moe")
+    model.expert_layers[0].grow(2)
+    shares = ((1.0,), (0.99, 0.01), (0.99, 0.01))
+    census = Census(3, {0: LayerCensus((4, 2), (0, 1), (False, False), shares=shares)})
+    assert PruneIdle().decide(census).cohorts == {0: (1,)}
+    events = adapt(model, census, NeverGrow(), Aged(3), (0,), 0, PruneIdle())
+    assert [event["act"] for event in events] == ["freeze", "head"]
+    assert model.expert_layers[0].frozen_cohorts == (True, False)

@@ -28,7 +28,7 @@ def followed(stop: tuple[int, int] | None = None) -> Trace:
     """Two experiences of two passes of three batches; a new process takes over before batch ``stop``."""
     trace = Trace(LOOKS)
     for experience in range(2):
-        trace.open(per_pass=3)
+        trace.open(3, experience)
         for number in range(6):
             if stop == (experience, number):
                 old, trace = trace, Trace(LOOKS)
@@ -88,3 +88,15 @@ def test_the_census_of_a_newborn_begins_with_its_birth(new_model) -> None:
     trace.forget(0, [1])
     assert [kept[1] for kept in trace.of_layer(0, 5)] == [0, 0, 0]
     assert take_census(new_model("moe"), 2, [], {}).layers[0].trained is None
+
+
+def test_losses_stand_at_their_experience_though_a_parent_kept_none() -> None:
+    parent, child = Trace(Looks(loads=True)), Trace(Looks(losses=True))
+    for trace, experiences in ((parent, (0, 1)), (child, (2, 3))):
+        child.load_state_dict(parent.state_dict()) if trace is child else None
+        for experience in experiences:
+            trace.open(1, experience)
+            trace.add(torch.tensor([float(experience)]), {})
+            trace.close({})
+    assert child.means[2:] == [2.0, 3.0]
+    assert torch.tensor(child.means).isnan().tolist() == [True, True, False, False]

@@ -127,3 +127,24 @@ def test_a_language_model(layer: str, new_decoder: Callable):
             model.state_dict()[name].add_(torch.rand_like(model.state_dict()[name]))  # a variance stays one
     assert not torch.equal(model(tokens, mask=mask)[0], before)
     assert torch.equal(then.logits(model, tokens, mask), before)
+
+
+@pytest.mark.parametrize("layer", ["moe", "peer"])
+def test_what_was_pruned_since_is_a_candidate_and_what_was_pruned_before_is_none(layer, begun: Callable):
+    model, x = begun(layer), torch.randn(9, 2, 4)
+    (body, *_) = model.expert_layers.values()
+    born = 16 if layer == "peer" else 2
+    for part in model.expert_layers.values():
+        part.grow(born)
+    first, before = RouterState.of(model), model(x)[0]
+    body.prune([0])
+    second, between = RouterState.of(model), model(x)[0]
+    assert not torch.equal(before, between)
+    assert not first.is_of(model)
+    for part in model.expert_layers.values():
+        part.grow(born)
+    now = model(x)[0]
+    for then, expected in ((first, before), (second, between)):
+        torch.testing.assert_close(then.logits(model, x), expected)
+    assert torch.equal(model(x)[0], now)
+    assert body.pruned_cohorts == (0,)

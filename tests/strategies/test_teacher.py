@@ -123,3 +123,17 @@ def test_uneven_layers_are_refused(new_model) -> None:
     model.blocks[0].grow(2)
     with pytest.raises(ValueError, match="numbers of cohorts"):
         Teacher().learn(model)
+
+
+def test_a_teacher_chooses_among_the_candidates_of_its_time(new_model) -> None:
+    model = new_model("moe").eval()
+    model.head.grow([0, 1])
+    model.blocks[0].grow(2)
+    model.blocks[0].prune([0])
+    teacher, expected = Teacher(), model(PROBE)[0]
+    teacher.learn(model)
+    model.blocks[0].grow(2)
+    again = Teacher()
+    again.load_state_dict(teacher.state_dict())
+    torch.testing.assert_close(again.logits(model, PROBE, None), expected)
+    assert not torch.allclose(model(PROBE, cohorts=[0, 1])[0], expected)

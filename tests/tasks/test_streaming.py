@@ -172,3 +172,12 @@ def test_a_test_class_that_nobody_learns_is_refused(frame: pd.DataFrame) -> None
             classes_per_experience=2,
             streaming=True,
         )
+
+
+def test_of_two_held_out_splits_one_is_tested_on(frame: pd.DataFrame) -> None:
+    frame.loc[frame.index % 7 == 1, "split"] = "validation"
+    path, words = write(frame, "a.jsonl"), {"columns": {"domain": "place"}, "context": 16}
+    for one, two in zip(
+        hf({"path": path}, **words), hf({"path": path}, **words, streaming=True), strict=True
+    ):
+        assert torch.equal(one.test.tensors[0], two.test.tensors[0])

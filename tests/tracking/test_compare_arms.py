@@ -11,7 +11,13 @@ import pytest
 from rich.console import Console
 
 from cl_moe.errors import InputError
-from cl_moe.tracking.compare.arms import by_stream, choose_baseline, notes_on, without_common_words
+from cl_moe.tracking.compare.arms import (
+    by_stream,
+    choose_baseline,
+    context_of,
+    notes_on,
+    without_common_words,
+)
 from cl_moe.tracking.compare.runs import Run, lower_is_better
 from cl_moe.tracking.compare.table import (
     compare_arms,
@@ -227,3 +233,10 @@ def test_no_metrics_at_all() -> None:
     assert one.rows[0].metrics == {}
     assert math.isnan(one.rows[1].difference.mean)  # type: ignore[union-attr]
     assert isinstance(arms[0].runs[0], Run)
+
+
+def test_runs_that_prune_are_no_pair_of_runs_that_do_not() -> None:
+    pruning, never, before = run_of(prune="dead_experts"), run_of(prune="never"), run_of()
+    context = context_of(["strategy"])
+    assert pruning.pair(context) != never.pair(context)
+    assert never.pair(context) == before.pair(context)  # of an earlier version

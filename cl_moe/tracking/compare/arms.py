@@ -107,7 +107,7 @@ def context_of(keys: Sequence[str]) -> tuple[str, ...]:
     """The groups that pairs must share: those that no key is of. The param ``arm`` names them all.
 
     >>> context_of(["arm"]), context_of(["strategy", "growth.num_experts"])
-    ((), ('model', 'layer', 'router', 'freeze'))
+    ((), ('model', 'layer', 'router', 'freeze', 'prune'))
     """
     if "arm" in keys:
         return ()

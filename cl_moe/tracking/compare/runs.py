@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 ACCURACY, LOSS = "stream/average_accuracy", "stream/average_loss"
 SEEDS = ("seed.init", "seed.order", "seed.data")
-CONTEXT = ("model", "layer", "router", "growth", "freeze", "strategy")
+CONTEXT = ("model", "layer", "router", "growth", "freeze", "prune", "strategy")
 """The groups that tell arms apart; what is not grouped by is part of a pair."""
+_UNSAID = {"prune": "never"}
+"""Of groups that runs of earlier versions do not name."""
 
 _NOT_VARIANT = {
     "stream.order",
@@ -111,7 +113,8 @@ class Run:
     def pair(self, context: Sequence[str]) -> Pair:
         """Order, seeds and the values of the groups in ``context``."""
         init, order, data = self.seeds
-        return Pair(order, (init, data, *(f"{key}={self.about.get(key, '-')}" for key in context)))
+        values = {key: self.about.get(key, _UNSAID.get(key, "-")) for key in context}
+        return Pair(order, (init, data, *(f"{key}={value}" for key, value in values.items())))
 
     def label(self, keys: Sequence[str]) -> str:
         """The name of the run's group: the bare value for one key, ``key=value`` for several; never empty."""
