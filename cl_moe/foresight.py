@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Protocol
 
 import lightning as L  # noqa: N812
@@ -69,7 +70,8 @@ def first_losses(run: Run, experience: Experience, looks: Looks) -> Tensor:
     order = order_of(experience.train, run.spec.batch_size, run.seed_data, experience.index)
     assert run.trainer.fit_loop.max_epochs is not None
     order.set_epoch(run.trainer.fit_loop.max_epochs)  # that of the pass to come
-    rows = torch.cat(list(order))[: looks.samples]
+    batches = islice(order, -(-looks.samples // run.spec.batch_size))  # a streamed order may be long
+    rows = torch.cat(list(batches))[: looks.samples]
     learner.place_classes()
     with untouched(learner), precision.test_step_context():
         for number, part in enumerate(rows.split(run.spec.eval_batch_size)):

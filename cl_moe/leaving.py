@@ -64,14 +64,13 @@ def tell_arrived(run: Run) -> None:
         run.tracker.tag("data_checksum", provenance.data_checksum(checksums))
 
 
-def tell_cut(ledger: list[dict[str, Any]], tracker: Tracker, say: Callable[[str], None]) -> None:
+def tell_cut(cuts: list[dict[str, Any]], tracker: Tracker, say: Callable[[str], None]) -> None:
     """Say where training ended for want of budget, if it did; in MLflow by the tag ``budget``."""
-    for event in ledger:
-        if event["act"] == "cut":
-            place = f"{event['batches']} batches into experience {event['experience'] + 1}"
-            told = f"cut {place}: budget.{event['budget']}={event['bound']:g} was spent"
-            say(f"training was {told}; what came after was measured, not trained")
-            tracker.tag("budget", told)
+    for event in cuts:
+        place = f"{event['batches']} batches into experience {event['experience'] + 1}"
+        told = f"cut {place}: budget.{event['budget']}={event['bound']:g} was spent"
+        say(f"training was {told}; what came after was measured, not trained")
+        tracker.tag("budget", told)
 
 
 def left_by(run: Run, say: Callable[[str], None]) -> Iterator[tuple[Path, str | None]]:

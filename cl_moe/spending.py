@@ -100,9 +100,15 @@ class Spending(L.Callback):
         return count.total * spec.epochs * sum(len(e.train) for e in filled) // len(targets)
 
     @property
+    def cuts(self) -> list[dict[str, Any]]:
+        """The events by which training has ended; not that of a branch's parent with another budget."""
+        cuts = [event for event in self.learner.ledger if event["act"] == "cut"]
+        return [event for event in cuts if self.budget.bounds[event["budget"]] == event["bound"]]
+
+    @property
     def cut(self) -> bool:
         """Whether training has ended for want of budget."""
-        return any(event["act"] == "cut" for event in self.learner.ledger)
+        return bool(self.cuts)
 
     def affords(self, experience: int) -> bool:
         """Whether an experience may begin.

@@ -93,6 +93,18 @@ def test_what_was_spent_at_a_boundary_trains_and_grows_no_more(build, spent) -> 
     assert len(run.measured.rows) == 4
 
 
+def test_a_branch_with_a_larger_budget_goes_on(build, spent) -> None:
+    parent = build("parent", f"budget.flops={spent[1] // 2}", "budget.on_exceed=cut")
+    run_experiment(parent)
+    assert parent.measured.steps[3] == parent.measured.steps[2]
+    words = (f"branch={parent.folder}@2", "budget.on_exceed=cut")
+    for name, bound, trains in (("more", 10 * spent[0], True), ("as much", spent[1] // 2, False)):
+        child = build(name, *words, f"budget.flops={bound}")
+        run_experiment(child)
+        assert (child.measured.steps[3] > child.measured.steps[2]) == trains
+        assert bool(child.spending.cuts) != trains
+
+
 def test_a_refusing_budget_fails_where_it_could_not_be_known(build, spent) -> None:
     with pytest.raises(RunFailedError, match=r"budget.flops=.* is spent .*(.|\n)*kept: the state after"):
         run_experiment(build("refusing", f"budget.flops={spent[0] - 1}"))
