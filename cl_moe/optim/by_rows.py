@@ -71,7 +71,7 @@ class ByRows(torch.optim.Optimizer):
             self.whole.step()
         for group, table, rows, grad in due:
             self.rule.step(table, *rows, self.state[table], group)
-            self.state[table]["by_rows"] = True
+            self.state[table]["by_rows"] = table.by_rows
             table.grad = grad
         for table in dense:  # only now: torch's optimizers fill a state that is empty, and no other
             self.state[table]["by_rows"] = False
@@ -83,6 +83,13 @@ class ByRows(torch.optim.Optimizer):
         if self.whole is not None:
             self.whole.state = self.state
             self.whole.param_groups = self.param_groups[: len(self.whole.param_groups)]
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Ask for the gradients that a loaded state has settled, from the first backward pass on."""
+        for table in self.tables if self.rows == "auto" else ():
+            if (known := self.state.get(table, {}).get("by_rows")) is not None:
+                table.by_rows = known
 
     def _sort(self) -> tuple[list[_Due], list[ExpertTable]]:
         """Tables that learn by rows, their gradients hidden from the dense optimizer, and the others."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cl_moe.errors import InputError
 from cl_moe.layers.tables import ExpertTable
+from cl_moe.optim.by_rows import ByRows
 
 Named = Iterable[tuple[str, nn.Parameter]]
 OptimizerState = dict[str, dict[str, Any]]
@@ -30,15 +31,17 @@ def load_state_by_name(
             table that is to learn by rows learnt as a whole.
     """
     held = {p for group in optimizer.param_groups for p in group["params"]}
-    rows = getattr(optimizer, "rows", None)
+    lazy = optimizer if isinstance(optimizer, ByRows) else None
     for name, parameter in parameters:
         if parameter not in held or name not in state:
             continue
-        if isinstance(parameter, ExpertTable):
-            _check_rows(name, state[name].get("by_rows"), rows)
+        if isinstance(parameter, ExpertTable) and not (lazy and lazy.rule.always):
+            _check_rows(name, state[name].get("by_rows"), lazy.rows if lazy else None)
         optimizer.state[parameter] = {
             key: value.clone() if isinstance(value, Tensor) else value for key, value in state[name].items()
         }
+    if lazy:
+        lazy.go_on()
 
 
 def _check_rows(name: str, by_rows: bool | None, rows: str | None) -> None:

@@ -129,6 +129,7 @@ def test_auto_asks_for_rows_where_few_are_touched_and_keeps_to_it(spec) -> None:
         cut = copy.deepcopy(cut)
         optimizer = spec("auto").build(cut.named_parameters())
         load_state_by_name(optimizer, cut.named_parameters(), state)
+        assert cut.cohorts[0].v.by_rows == few  # before a step: clipping adds up rows in another order
         learn(cut, optimizer, range(1, 4), 200)
         for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
             assert torch.equal(a, b)
@@ -184,6 +185,22 @@ def test_a_state_that_was_kept_otherwise_is_refused() -> None:
     other = AdamW(lr=0.1, rows="dense").build(layer.named_parameters())
     with pytest.raises(InputError, match=r"optimizer\.rows"):
         load_state_by_name(other, layer.named_parameters(), state)
+
+
+@pytest.mark.parametrize("rows", ["auto", "dense", "row"])
+def test_adagrad_goes_on_from_its_own_state_however_its_gradients_come(rows) -> None:
+    whole, cut = peer(1024), peer(1024)
+    for layer, carried in ((whole, False), (cut, True)):
+        optimizer = Adagrad(lr=0.05, rows=rows, state="carry").build(layer.named_parameters())
+        learn(layer, optimizer, range(1), tokens=4)
+        if carried:
+            state = state_by_name(optimizer, layer.named_parameters())
+            optimizer = Adagrad(lr=0.05, rows=rows, state="carry").build(layer.named_parameters())
+            load_state_by_name(optimizer, layer.named_parameters(), state)
+        learn(layer, optimizer, range(1, 3), tokens=4)
+        assert layer.cohorts[0].u.by_rows == (rows != "dense")
+    for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_one_optimizer_holds_everything_and_its_state_dict_goes_round() -> None:
