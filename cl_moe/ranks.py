@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from cl_moe import handing, stopping, stored
 from cl_moe.agreement import OUTCOMES
 from cl_moe.errors import InputError, RunFailedError, StopRequestedError
-from cl_moe.torchrun import DIED
+from cl_moe.torchrun import DIED, PARENT
 from cl_moe.trainer import TrainerSpec
 
 GRACE_SECONDS = 10.0
@@ -92,7 +92,7 @@ def environment(spec: TrainerSpec) -> dict[str, str]:
         for key, value in os.environ.items()
         if key not in OF_TORCHRUN and not key.startswith(("TORCHELASTIC_", "ROLE_", "PET_"))
     }
-    kept |= {"OMP_NUM_THREADS": str(spec.threads), "PYTHONSAFEPATH": "1"}
+    kept |= {"OMP_NUM_THREADS": str(spec.threads), "PYTHONSAFEPATH": "1", PARENT: str(os.getpid())}
     kept.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each rank would warn of what is meant so
     kept["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     loops = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
@@ -155,10 +155,14 @@ def _outcomes(folder: Path) -> list[Outcome]:
 def _value(folder: Path, spec: TrainerSpec) -> float:
     """What the ranks ended with; of failures the first one's, not those of ranks that missed it."""
     outcomes = _outcomes(folder)
-    if stopped := [o for o in outcomes if o["kind"] == "stopped"]:
-        said = max((o["message"] for o in stopped), key=len)
+    stopped = [o for o in outcomes if o["kind"] == "stopped"]
+    failed = sorted(
+        (o for o in outcomes if o["kind"] in ("input", "failed", "error")), key=lambda o: o["time"]
+    )
+    said = max((o["message"] for o in stopped), key=len, default="")
+    # torchrun, too, asks the others to stop when one has ended: one that is still starting says no more
+    if stopped and (said or stopping.asked() or not (failed or _silent(folder, outcomes))):
         raise StopRequestedError(said, keyboard=any(o["keyboard"] for o in stopped))
-    failed = sorted((o for o in outcomes if o["kind"] not in ("done", "lost")), key=lambda o: o["time"])
     lost = next((o for o in outcomes if o["kind"] == "lost"), None)
     if failed:
         raise _failure(failed[0], spec.num_ranks, folder) from _RankError(failed[0]["trace"])
@@ -186,11 +190,8 @@ def _failure(outcome: Outcome, num_ranks: int, folder: Path) -> Exception:
 
 
 def _death(folder: Path, outcomes: list[Outcome], spec: TrainerSpec) -> str:
-    """Of a rank that could not say how it ended: by which signal or status, as far as torchrun knows."""
-    died: dict[str, int] = {}
-    with suppress(OSError, ValueError):
-        died = json.loads((folder / DIED).read_text())
-    silent = {rank: status for rank, status in died.items() if int(rank) not in {o["rank"] for o in outcomes}}
+    """Of a rank that could not say how it ended."""
+    silent = _silent(folder, outcomes)
     if not silent:
         return "the ranks could not be started, or were ended together; what torchrun said stands above"
     rank, status = min(silent.items(), key=lambda pair: (pair[1] >= 0, int(pair[0])))
@@ -199,6 +200,14 @@ def _death(folder: Path, outcomes: list[Outcome], spec: TrainerSpec) -> str:
         why = " (the system does that when memory runs out)" if name == "SIGKILL" else ""
         return f"rank {rank} of {spec.num_ranks} was killed by {name}{why}"
     return f"rank {rank} of {spec.num_ranks} ended with status {status}; what it said stands above"
+
+
+def _silent(folder: Path, outcomes: list[Outcome]) -> dict[str, int]:
+    """By which status, or negative signal, ranks ended that could not say how, as far as torchrun knows."""
+    died: dict[str, int] = {}
+    with suppress(OSError, ValueError):
+        died = json.loads((folder / DIED).read_text())
+    return {rank: status for rank, status in died.items() if int(rank) not in {o["rank"] for o in outcomes}}
 
 
 def _kept(lost: Outcome | None) -> list[str]:

@@ -17,6 +17,8 @@ from pathlib import Path
 DIED = "died.json"
 """``{rank: exit status}`` of ranks that ended otherwise than by themselves; a signal is a negative number."""
 LOOK_SECONDS = 0.3
+PARENT = "CL_MOE_PARENT"
+"""In the environment: who started a process, which may be gone before that process asks."""
 
 
 def end_with_parent() -> None:
@@ -25,7 +27,8 @@ def end_with_parent() -> None:
     A thread that looks is what Linux and macOS have in common; Linux's own way is bound to the parent's
     thread, not to the parent.
     """
-    parent = os.getppid()
+    parent = int(os.environ.get(PARENT, os.getppid()))
+    os.environ[PARENT] = str(os.getpid())  # of those that this process starts
 
     def watch() -> None:
         while os.getppid() == parent:

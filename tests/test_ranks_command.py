@@ -15,7 +15,11 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from cl_moe import checkpoint
+from cl_moe import checkpoint, ranks, worker
+from cl_moe.engines import DDP
+from cl_moe.errors import InputError, RunFailedError, StopRequestedError
+from cl_moe.torchrun import DIED
+from cl_moe.trainer import TrainerSpec
 
 SMALL = ("trainer.epochs=1", "stream.tune_on_first=2", "eval.samples=0", "layer=moe", "layer.hidden=16")
 GROWN = ("growth=every_experience", "growth.num_experts=4", "freeze=past_experts")
@@ -49,6 +53,28 @@ def test_what_the_ranks_refuse_is_said_once_and_leaves_nothing(command, tmp_path
     assert ended.status == 2
     assert ended.text.count("change: layer.num_experts") == 1
     assert not list(tmp_path.glob("outputs/*"))
+
+
+ENDS = {
+    "input": {"kind": "input", "got": "a", "allowed": "b", "key": "model", "trace": ""},
+    "failed": {"kind": "failed", "message": "it broke", "trace": ""},
+    "killed": None,
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_what_ends_a_rank_while_the_others_start_is_what_the_run_ended_by(tmp_path, how):
+    """Torchrun then asks the others to stop, which nobody else did."""
+    worker.note(tmp_path, 0, {"kind": "stopped", "message": "", "keyboard": False})
+    spec = TrainerSpec(devices=2, accelerator="cpu", engine=DDP())
+    with pytest.raises(StopRequestedError):
+        ranks._value(tmp_path, spec)
+    if outcome := ENDS[how]:
+        worker.note(tmp_path, 1, outcome)
+    else:
+        (tmp_path / DIED).write_text('{"1": -9}')
+    with pytest.raises((InputError, RunFailedError), match=r"change: model|it broke|rank 1 of 2 was killed"):
+        ranks._value(tmp_path, spec)
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
