@@ -160,8 +160,10 @@ def _value(folder: Path, spec: TrainerSpec) -> float:
         (o for o in outcomes if o["kind"] in ("input", "failed", "error")), key=lambda o: o["time"]
     )
     said = max((o["message"] for o in stopped), key=len, default="")
-    # torchrun, too, asks the others to stop when one has ended: one that is still starting says no more
-    if stopped and (said or stopping.asked() or not (failed or _silent(folder, outcomes))):
+    # torchrun, too, asks the others to stop when one has ended; and ranks that stop together count on what
+    # rank 0 saves, but one that is still starting has nothing to lose
+    in_order = not failed and not _silent(folder, outcomes)
+    if stopped and (in_order or (stopping.asked() and not said)):
         raise StopRequestedError(said, keyboard=any(o["keyboard"] for o in stopped))
     lost = next((o for o in outcomes if o["kind"] == "lost"), None)
     if failed:

@@ -62,18 +62,19 @@ ENDS = {
 }
 
 
+@pytest.mark.parametrize("said", ["", "stopped on request\nkept: what rank 0 could not write"])
 @pytest.mark.parametrize("how", ENDS)
-def test_what_ends_a_rank_while_the_others_start_is_what_the_run_ended_by(tmp_path, how):
-    """Torchrun then asks the others to stop, which nobody else did."""
-    worker.note(tmp_path, 0, {"kind": "stopped", "message": "", "keyboard": False})
+def test_what_ends_a_rank_is_what_the_run_ended_by_though_others_stopped(tmp_path, how, said):
+    """Torchrun asks them to, which nobody else did; or they counted on what the other one was to save."""
+    worker.note(tmp_path, 1, {"kind": "stopped", "message": said, "keyboard": False})
     spec = TrainerSpec(devices=2, accelerator="cpu", engine=DDP())
     with pytest.raises(StopRequestedError):
         ranks._value(tmp_path, spec)
     if outcome := ENDS[how]:
-        worker.note(tmp_path, 1, outcome)
+        worker.note(tmp_path, 0, outcome)
     else:
-        (tmp_path / DIED).write_text('{"1": -9}')
-    with pytest.raises((InputError, RunFailedError), match=r"change: model|it broke|rank 1 of 2 was killed"):
+        (tmp_path / DIED).write_text('{"0": -9}')
+    with pytest.raises((InputError, RunFailedError), match=r"change: model|it broke|rank 0 of 2 was killed"):
         ranks._value(tmp_path, spec)
 
 
