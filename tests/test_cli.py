@@ -35,7 +35,7 @@ def runs(folder: Path) -> list:
 WRONG: dict[tuple[str, ...], tuple[str, ...]] = {  # arguments: words that the message must hold
     ("stream=nonsense",): (
         "got: stream=nonsense",
-        "allowed: corrupted_mnist, hf, intents",
+        "allowed: arriving, corrupted_mnist, hf, intents",
         "change: stream",
     ),
     ("layer=moe", "layer.num_expert=4"): (
@@ -43,7 +43,7 @@ WRONG: dict[tuple[str, ...], tuple[str, ...]] = {  # arguments: words that the m
         "change: layer.num_expert",
         "did you mean",
     ),
-    ("strategy=replay", "strategy.replay.memory=3"): ("memory_size, share", "did you mean memory_size?"),
+    ("strategy=replay", "strategy.replay.memory=3"): ("memory_size, policy, share", "did you mean memory_size?"),
     ("strategy=nonsense",): ("got: strategy=nonsense", "naive, replay", "change: strategy"),
     ("strategy=[naive,nonsense]",): ("got: strategy=nonsense", "naive, replay", "change: strategy"),
     ("strategy=[]",): ("got: strategy=[]", "change: strategy"),

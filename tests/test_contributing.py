@@ -44,7 +44,7 @@ def test_its_commands_run(outside: Path, command: Command) -> None:
     for line in lines:
         done = command(*shlex.split(line)[1:], "trainer.epochs=1")
         assert done.status == 0, done.text
-    client = mlflow.MlflowClient("sqlite:///mlflow.db")
+    client = mlflow.MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
     runs = {run.data.tags["stream"]: run for run in client.search_runs(["1"])}
     assert set(runs) == {"my_blobs", "animals"}
     assert runs["my_blobs"].data.tags["strategy"] == "replay+calm"

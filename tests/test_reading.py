@@ -88,7 +88,7 @@ def test_a_word_is_right_to_its_end() -> None:
 def test_it_stands_in_mlflow_as_curves_and_may_be_the_objective(command: Callable[..., Any]) -> None:
     done = command(*SMALL, *MOE, "objective=last_word_accuracy/press")
     assert done.status == 0, done.text
-    client = mlflow.MlflowClient("sqlite:///mlflow.db")
+    client = mlflow.MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
     (run,) = client.search_runs(["1"])
     for key in ("byte_perplexity/press", "word_perplexity/experience_01", "last_word_accuracy/press"):
         assert [m.step for m in client.get_metric_history(run.info.run_id, key)] == [0, 1, 2], key
@@ -118,7 +118,7 @@ def test_a_model_that_has_learnt_a_sentence_writes_its_last_word(command: Callab
         *words, held, "model.width=32", "model.num_blocks=1", "trainer.epochs=3", "optimizer.lr=1e-2"
     )
     assert done.status == 0, done.text
-    client = mlflow.MlflowClient("sqlite:///mlflow.db")
+    client = mlflow.MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
     (run,) = client.search_runs(["1"])
     found = [m.value for m in client.get_metric_history(run.info.run_id, "last_word_accuracy/say")]
     assert found[0] == 0
