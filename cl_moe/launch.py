@@ -48,17 +48,8 @@ NOT_ARM = tuple(
     f"{group}=" for group in ("stream", "layer", "router", "growth", "freeze", "prune", "strategy")
 )
 NOT_ARM += ("seed.", "tracking", "output_dir=", "resume=", "objective=", "checkpoint.", "eval.", "hydra")
-NOT_ARM += (
-    "arm=",
-    "experiment=",
-    "mlflow_experiment=",
-    "stream.order=",
-    "auto_resume=",
-    "branch=",
-    "distill=",
-    "reproduce=",
-    "describe=",
-)
+NOT_ARM += ("arm=", "experiment=", "mlflow_experiment=", "stream.order=")
+NOT_ARM += ("auto_resume=", "branch=", "distill=", "reproduce=", "describe=")
 
 
 def run(config: DictConfig, changed: list[str] | None = None) -> float:
@@ -227,6 +218,7 @@ def arm_name(labels: Mapping[str, str], overrides: list[str]) -> str:
 
 def _trainer(config: DictConfig) -> TrainerSpec:
     check_targets(config)
+    check_config(config)
     return instantiate(config.trainer)
 
 

@@ -43,7 +43,10 @@ WRONG: dict[tuple[str, ...], tuple[str, ...]] = {  # arguments: words that the m
         "change: layer.num_expert",
         "did you mean",
     ),
-    ("strategy=replay", "strategy.replay.memory=3"): ("memory_size, policy, share", "did you mean memory_size?"),
+    ("strategy=replay", "strategy.replay.memory=3"): (
+        "memory_size, policy, share",
+        "did you mean memory_size?",
+    ),
     ("strategy=nonsense",): ("got: strategy=nonsense", "naive, replay", "change: strategy"),
     ("strategy=[naive,nonsense]",): ("got: strategy=nonsense", "naive, replay", "change: strategy"),
     ("strategy=[]",): ("got: strategy=[]", "change: strategy"),

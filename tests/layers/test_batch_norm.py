@@ -40,6 +40,14 @@ def test_without_padding_torchs_kernel_computes_what_ours_does(dtype):
         torch.testing.assert_close(value, slow.state_dict()[name])
 
 
+def test_several_passes_may_come_before_a_gradient():
+    norm, x = MaskedBatchNorm(6), torch.randn(20, 6, requires_grad=True)
+    alone = torch.autograd.grad(norm(x).sin().sum(), x)[0]
+    first = norm(x)
+    norm(torch.randn(9, 6), torch.arange(9) < 5), norm(torch.randn(1, 6)), norm(torch.randn(4, 6))
+    torch.testing.assert_close(torch.autograd.grad(first.sin().sum(), x)[0], alone)
+
+
 def test_fewer_than_two_real_tokens_use_and_leave_the_running_statistics():
     norm = MaskedBatchNorm(4)
     norm(torch.randn(10, 4) * 2 + 1)

@@ -150,7 +150,9 @@ def test_a_restart_at_every_boundary_changes_no_bit(
         layer = "dense"
 
     def parts() -> tuple[torch.nn.Module, dict[str, Strategy]]:
-        return new_model(layer), {name: STRATEGIES[name]()}
+        strategy = STRATEGIES[name]()
+        strategy.view(new_stream())  # every process takes its view
+        return new_model(layer), {name: strategy}
 
     def rows(restart: bool) -> list[Tensor]:
         model, strategies = parts()
