@@ -117,7 +117,7 @@ def test_auto_resume_comes_from_the_command_line(command_in: Callable, tmp_path:
 @pytest.mark.parametrize(
     ("begin", "again"),
     [
-        ((*SWEEP, "hydra.sweep.dir=sweep"), (*SWEEP, "hydra.sweep.dir=sweep")),
+        pytest.param(*((*SWEEP, "hydra.sweep.dir=sweep"),) * 2, marks=pytest.mark.slow),
         pytest.param((*SWEEP, "hydra.sweep.dir=sweep"), ("resume=sweep",), marks=pytest.mark.slow),
         ((*SWEEP, "auto_resume=true"), (*SWEEP, "auto_resume=true")),
     ],

@@ -85,6 +85,7 @@ def check_kept(done: object, folder: Path, place: Path, words: str) -> None:
     assert not list((place / "checkpoints").glob(".*")), "no half of a file"
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow(command: Callable, tmp_path: Path, undisturbed: Path) -> None:
     sized = sizes(undisturbed)
     assert sized == sorted(sized), "each is larger than the one before"

@@ -101,8 +101,8 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 
 QUICKLY = (
-    *("strategies together", "strategy lifelong_moe", "strategy icarl", "layer moe switch", "layer peer"),
-    *("accumulating", "looking inside", "one batch", "text in depth", "growth on drift", "recycling"),
+    *("strategies together", "layer peer", "accumulating", "looking inside", "text in depth"),
+    *("growth on drift", "recycling"),
 )
 """Arms that are not slow: between them they hold every kind of state."""
 

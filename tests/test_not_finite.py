@@ -43,7 +43,7 @@ def check(done: object, folder: Path, words: str) -> None:
     assert not (folder / "out" / artifacts.MATRIX).exists()
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("value", [NAN, *(pytest.param(x, marks=pytest.mark.slow) for x in (INF, -INF))])
 @pytest.mark.parametrize("kind", MODELS)
 def test_an_output_that_is_not_finite_is_not_scored(
     kind: str, value: float, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

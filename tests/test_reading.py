@@ -37,7 +37,7 @@ def text_of(run: Run, data: Any) -> bytes:
     return b"".join(run.stream.vocabulary[t] if run.stream.vocabulary else bytes([t]) for t in tokens)
 
 
-@pytest.mark.parametrize("words", [(), (PAIRS,), MOE])
+@pytest.mark.parametrize("words", [(), (PAIRS,), pytest.param(MOE, marks=pytest.mark.slow)])
 def test_points_are_what_the_model_says(
     words: tuple[str, ...], composed: Callable[..., DictConfig], tmp_path: Path
 ) -> None:

@@ -70,14 +70,14 @@ def assert_same(one: Path, two: Path) -> None:
 
 MOMENTS = [
     ("dense", "before saving", 1),  # nothing saved: starts over
-    ("dense", "before training", 30),  # in the second pass of the second experience
-    ("dense", "before closing", 1),  # everything saved
     ("moe", "within saving", 3),
     ("moe", "after sending", 2),  # sent, and not yet known to be sent
     ("peer", "before training", 20),
     *(
         pytest.param(*moment, marks=pytest.mark.slow)
         for moment in [
+            ("dense", "before training", 30),  # in the second pass of the second experience
+            ("dense", "before closing", 1),  # everything saved
             ("moe", "before growing", 3),
             ("moe", "after evaluating", 6),
             ("peer", "after saving", 2),
@@ -105,8 +105,8 @@ def test_killed_and_resumed_is_as_if_never_killed(
 
 STOPS = [
     ("moe", "before training", 12, signal.SIGTERM, 75, "after experience 1 of 3 and 3 batches of the next"),
-    ("moe", "before training", 9, signal.SIGTERM, 75, "after experience 0 of 3 and 9 batches of the next"),
     ("peer", "before training", 12, signal.SIGINT, 130, "after experience 1 of 3 and 3 batches of the next"),
+    ("moe", "before training", 9, signal.SIGTERM, 75, "after experience 0 of 3 and 9 batches of the next"),
     ("moe", "before evaluating", 9, signal.SIGTERM, 75, "after experience 1 of 3 and 9 batches of the next"),
     ("moe", "before growing", 2, signal.SIGTERM, 75, "after experience 1 of 3"),
     ("dense", "before evaluating", 1, signal.SIGTERM, 75, ""),
@@ -115,7 +115,7 @@ STOPS = [
 
 @pytest.mark.parametrize(
     ("arm", "place", "count", "number", "status", "where"),
-    [*STOPS[:3], *(pytest.param(*stop, marks=pytest.mark.slow) for stop in STOPS[3:])],
+    [*STOPS[:2], *(pytest.param(*stop, marks=pytest.mark.slow) for stop in STOPS[2:])],
 )
 def test_stopped_on_request_keeps_the_step_it_was_at(
     arm, place, count, number, status, where, server, ready_store, reference, command_in, tmp_path

@@ -91,6 +91,7 @@ def test_mlflow_need_not_answer(command: Callable, tmp_path: Path, monkeypatch: 
     assert {path.name for path in (tmp_path / "out").iterdir()} >= START
 
 
+@pytest.mark.slow
 def test_a_branch_has_its_parents_curves_inside_experiences(command: Callable, tmp_path: Path):
     assert command(*SMALL, "eval.every=2", "eval.samples=20").status == 0
     assert command("branch=out@2", "hydra.run.dir=child").status == 0

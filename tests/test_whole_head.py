@@ -106,6 +106,7 @@ def test_teachers_and_rolled_back_routers_know_what_had_come(run: Run) -> None:
     assert not then.is_of(model)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_classes(run: Run, composed, tmp_path: Path) -> None:
     run_experiment(run)
     last = checkpoint.newest(tmp_path / "checkpoints")

@@ -86,7 +86,7 @@ class MaskedBatchNorm(nn.Module):
     @torch.no_grad()
     def _move(self, mean_F: Tensor, unbiased_var_F: Tensor, enough: Tensor) -> None:
         share = torch.where(enough, self.momentum, 0.0).to(mean_F.dtype)
-        # Behind autograd's back, as torch's kernel does, which keeps them for a gradient and does not read them.
+        # Behind autograd's back, as torch's kernel does: it keeps them for a gradient and does not read them.
         running_mean, running_var = self.running_mean.data, self.running_var.data
         running_mean.lerp_(mean_F.to(running_mean.dtype), share.to(running_mean.dtype))
         running_var.lerp_(unbiased_var_F.to(running_var.dtype), share.to(running_var.dtype))

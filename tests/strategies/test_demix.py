@@ -86,6 +86,7 @@ def test_the_posterior_hears_of_no_later_token() -> None:
     assert torch.equal(*same)
 
 
+@pytest.mark.slow
 def test_it_runs_on_text(composed, tmp_path: Path, no_drawing: None) -> None:
     words = (
         *("stream=text_domains", "stream.train_bytes=6000", "stream.test_bytes=2000", "stream.context=32"),
