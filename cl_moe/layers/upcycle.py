@@ -153,7 +153,7 @@ def _formula_of(dense: nn.Module, glu: bool, cohorts: list[Cohort]) -> Formula:
         raise InputError(
             got=f"upcycling of {type(dense).__name__} with {len(maps)} linear maps{gated}",
             allowed="a gated unit" if glu else "two linear maps with an activation between them",
-            key="layer.glu (or upcycle)",
+            key="layer.hidden of the dense run (or upcycle)" if len(maps) == 1 else "layer.glu (or upcycle)",
         )
     for cohort in cohorts:
         _check_shapes(cohort, possible[0][0])

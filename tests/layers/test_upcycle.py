@@ -194,7 +194,7 @@ def test_sigmoid_scores_that_are_normalised_and_dropout_pass():
         (partial(mixture, glu=True, bias=False), Gated(), "layer.bias"),
         (partial(mixture, activation="gelu_tanh"), DenseFFN(4, 6, "gelu"), "computes something else"),
         (mixture, Fused(True, True), "experts of 4 x 6 for a map of 4 x 12"),
-        (mixture, DenseFFN(4), "with 1 linear maps"),
+        (mixture, DenseFFN(4), "with 1 linear maps(.|\\n)*change: layer.hidden of the dense run"),
         (mixture, DenseFFN(4, 6, "gelu"), "computes something else"),
         (mixture, nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)), "computes something else"),
         (mixture, nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU()), "something else"),
