@@ -61,7 +61,9 @@ def make(composed: Callable[..., DictConfig], tmp_path: Path) -> Make:
     return build
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize(
+    "arm", [arm if arm == "plain" else pytest.param(arm, marks=pytest.mark.slow) for arm in ARMS]
+)
 def test_training_does_not_notice(arm: str, make: Make):
     runs = [make(*ARMS[arm], *more) for more in ((), ("eval.every=1", "eval.samples=20"))]
     ends = []

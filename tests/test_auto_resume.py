@@ -80,6 +80,7 @@ def test_a_killed_command_goes_on_by_itself_and_says_when_it_is_finished(
     ]
 
 
+@pytest.mark.slow
 def test_a_given_folder_is_met_again(command_in: Callable, tmp_path: Path):
     words = (*AGAIN, "tracking=none", "output_dir=mine")
     first, second = command_in(tmp_path, *words), command_in(tmp_path, *words)
@@ -96,6 +97,7 @@ def test_a_given_folder_is_met_again(command_in: Callable, tmp_path: Path):
     assert "resumed after experience 2 of 2" in explicit.text
 
 
+@pytest.mark.slow
 def test_without_auto_resume_a_finished_run_is_gone_through_again(command_in: Callable, tmp_path: Path):
     words = (*SMALL, "tracking=none", "hydra.run.dir=out")
     assert command_in(tmp_path, *words).status == 0
@@ -154,6 +156,7 @@ def test_a_sweep_started_again_skips_its_finished_jobs(
     assert "resumed" not in whole.text
 
 
+@pytest.mark.slow
 def test_a_finished_job_that_was_not_delivered_is_not_skipped(command_in: Callable, tmp_path: Path):
     words = ("-m", *SMALL, "hydra.sweep.dir=sweep", "seed.init=0,1")
     assert command_in(tmp_path, *words).status == 0

@@ -138,6 +138,7 @@ def test_a_branch_by_run_id_and_from_elsewhere(here: Path, command_in: Callable)
     assert_same(elsewhere / "child", here / "out")
 
 
+@pytest.mark.slow
 def test_children_of_a_sweep_and_their_children(here: Path, command_in: Callable):
     words = ("growth=at", "growth.events={2:4},{2:8}", "hydra.sweep.dir=sweep")
     done = command_in(here, "-m", "branch=out@2", *words)

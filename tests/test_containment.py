@@ -100,7 +100,9 @@ def tampered(state: dict) -> dict:
 
 
 @pytest.mark.usefixtures("no_drawing")
-@pytest.mark.parametrize("part", ["record", "tracker", "learner"])
+@pytest.mark.parametrize(
+    "part", ["tracker", *(pytest.param(part, marks=pytest.mark.slow) for part in ("record", "learner"))]
+)
 def test_a_tampered_checkpoint_writes_nothing_outside(part: str, command: Callable, tmp_path: Path) -> None:
     """Whatever becomes of the run, its folder and the store are all that it touches."""
     assert command(*SMALL, "layer=moe", "growth=every_experience").status == 0

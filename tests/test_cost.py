@@ -202,6 +202,7 @@ def test_a_run_stopped_while_it_is_measured_is_charged_once(
     assert (resumed.folder / artifacts.MATRIX).exists()
 
 
+@pytest.mark.slow
 def test_a_runs_peak_is_its_own(run_of: Callable, monkeypatch: pytest.MonkeyPatch):
     def greedy(self: Naive, outlook: object) -> None:
         torch.ones(200 * MIB // 4)

@@ -116,6 +116,7 @@ def by_boundary_peak(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can set a process's peak back")
 def test_the_peak_does_not_depend_on_the_place_in_a_sweep(tmp_path: Path):
     words = [*SMALL, "tracking=none", "seed.init=1,2,3", "objective=cost/peak_memory_bytes", "-m"]

@@ -107,6 +107,7 @@ def test_what_is_no_image_is_shown_as_numbers(tmp_path: Path, shape: tuple[int, 
     assert (tmp_path / names[1]).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_long_stream_has_a_sheet_of_bounded_height(tmp_path: Path) -> None:
     data = TensorDataset(torch.rand(3, 4, 4), torch.tensor([0, 1, 0]))
     many = tuple(Experience(index, f"e{index}", data, data, (0, 1)) for index in range(100))

@@ -72,6 +72,7 @@ def test_a_child_elsewhere_has_the_store_of_its_own_working_folder(command_in: C
         assert ("mlflow.parentRunId" in child.data.tags) == linked
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_in_its_store_from_another_working_folder(command_in: Callable, tmp_path: Path):
     home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
     home.mkdir()

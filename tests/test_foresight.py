@@ -73,6 +73,7 @@ def _bytes(run: Run) -> dict[str, bytes]:
     return {name: value.numpy().tobytes() for name, value in run.learner.model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_it_sees_the_very_examples_that_come_first(build, monkeypatch) -> None:
     seen, run = (
         Seen(monkeypatch),

@@ -40,6 +40,7 @@ def test_it_is_what_the_two_matrices_say(ended: Path, command_in: Callable):
     assert f"eval.cumulative='{ended.resolve() / 'upper'}'" in (ended / "out/command.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_folder(ended: Path, command_in: Callable, tmp_path: Path):
     words = (*SMALL, "eval.cumulative=upper", "hydra.run.dir=again", "objective=stream/intransigence")
     first = command_in(ended, *words)

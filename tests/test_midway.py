@@ -100,11 +100,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "text with spans hidden": ("model=encoder", *TEXT, "layer=moe", "router=expert_choice"),
 }
 
-QUICKLY = (
-    *("strategies together", "layer peer", "accumulating", "looking inside", "text in depth"),
-    *("growth on drift", "recycling"),
-)
-"""Arms that are not slow: between them they hold every kind of state."""
+QUICKLY = ("strategies together", "layer peer", "accumulating")
+"""Arms that are not slow: memories and a teacher, tables grown and frozen, steps of several batches."""
 
 
 pytestmark = pytest.mark.usefixtures("no_drawing")

@@ -44,7 +44,9 @@ def check(done: object, folder: Path, words: str) -> None:
 
 
 @pytest.mark.parametrize("value", [NAN, *(pytest.param(x, marks=pytest.mark.slow) for x in (INF, -INF))])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind", ["experts", pytest.param("classification", marks=pytest.mark.slow), "language"]
+)
 def test_an_output_that_is_not_finite_is_not_scored(
     kind: str, value: float, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ LONG = (*SMALL, *GROWN, "tracking=none", "trainer.epochs=400", "output_dir=out",
 PATIENCE = 300.0
 
 
+@pytest.mark.slow
 def test_each_job_of_a_sweep_uses_as_many_processes_as_it_says(command, tmp_path):
     ended = command("-m", "trainer=ddp", "trainer.devices=1,2", *SMALL, *GROWN)
     assert ended.status == 0, ended.text

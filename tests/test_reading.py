@@ -37,7 +37,9 @@ def text_of(run: Run, data: Any) -> bytes:
     return b"".join(run.stream.vocabulary[t] if run.stream.vocabulary else bytes([t]) for t in tokens)
 
 
-@pytest.mark.parametrize("words", [(), (PAIRS,), pytest.param(MOE, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "words", [(PAIRS,), *(pytest.param(words, marks=pytest.mark.slow) for words in ((), MOE))]
+)
 def test_points_are_what_the_model_says(
     words: tuple[str, ...], composed: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
@@ -110,6 +112,7 @@ def test_units_are_counted_over_windows(composed: Callable[..., DictConfig], tmp
     assert units_of(stream[1].test, ()) is units, "counted once"
 
 
+@pytest.mark.slow
 def test_a_model_that_has_learnt_a_sentence_writes_its_last_word(command: Callable[..., Any]) -> None:
     Path("say.txt").write_text("the cat sat on the mat. " * 400)
     words = ("stream=hf", "stream.source.path=say.txt", "stream.source.test=say.txt", "stream.context=25")

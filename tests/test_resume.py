@@ -69,13 +69,13 @@ def assert_same(one: Path, two: Path) -> None:
 
 
 MOMENTS = [
-    ("dense", "before saving", 1),  # nothing saved: starts over
     ("moe", "within saving", 3),
     ("moe", "after sending", 2),  # sent, and not yet known to be sent
     ("peer", "before training", 20),
     *(
         pytest.param(*moment, marks=pytest.mark.slow)
         for moment in [
+            ("dense", "before saving", 1),  # nothing saved: starts over
             ("dense", "before training", 30),  # in the second pass of the second experience
             ("dense", "before closing", 1),  # everything saved
             ("moe", "before growing", 3),
@@ -115,7 +115,7 @@ STOPS = [
 
 @pytest.mark.parametrize(
     ("arm", "place", "count", "number", "status", "where"),
-    [*STOPS[:2], *(pytest.param(*stop, marks=pytest.mark.slow) for stop in STOPS[2:])],
+    [STOPS[0], *(pytest.param(*stop, marks=pytest.mark.slow) for stop in STOPS[1:])],
 )
 def test_stopped_on_request_keeps_the_step_it_was_at(
     arm, place, count, number, status, where, server, ready_store, reference, command_in, tmp_path
@@ -260,6 +260,7 @@ def test_a_run_with_a_config_dir_of_its_own_resumes_alone(command_in, tmp_path):
         assert "resumed after experience 1 of 1" in done.text
 
 
+@pytest.mark.slow
 def test_a_job_of_a_multirun_can_be_resumed(command_in, tmp_path):
     words = ("trainer.epochs=1", "stream.tune_on_first=2", "hydra.sweep.dir=sweep", "seed.init=0,1")
     assert command_in(tmp_path, "-m", *words).status == 0

@@ -117,8 +117,8 @@ def _compare(folder: Path, num_arms: int, num_seeds: int) -> None:
     "words",
     [
         ("layer=moe", "layer.hidden=16", "growth=every_experience", "growth.num_experts=4"),
-        ("strategy=joint",),
-        ("stream.cut=2", "stream.tune_on_first=1"),
+        pytest.param(("strategy=joint",), marks=pytest.mark.slow),
+        pytest.param(("stream.cut=2", "stream.tune_on_first=1"), marks=pytest.mark.slow),
     ],
     ids=["growth", "joint", "cut"],
 )

@@ -83,6 +83,7 @@ def test_a_cut_ends_training_and_not_the_run(build, spent, monkeypatch, tmp_path
         assert differences(final(folder), final(run.folder)) == []
 
 
+@pytest.mark.slow
 def test_what_was_spent_at_a_boundary_trains_and_grows_no_more(build, spent) -> None:
     run = build("boundary", f"budget.flops={spent[1]}", "budget.on_exceed=cut")
     run_experiment(run)

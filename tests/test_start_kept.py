@@ -69,6 +69,7 @@ def test_a_run_that_failed_and_went_on_elsewhere(
     assert all(sent[name] == 1 for name in START)
 
 
+@pytest.mark.slow
 def test_one_that_fails_before_its_first_checkpoint_begins_again(
     command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

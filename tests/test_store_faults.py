@@ -228,6 +228,7 @@ def test_a_file_that_another_program_locks(
     check_whole(f"sqlite:///{tmp_path}/mlflow.db", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_resume_does_not_need_its_store(
     undisturbed: Path, command_in: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

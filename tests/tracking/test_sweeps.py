@@ -183,6 +183,7 @@ def test_the_prepared_view_is_grouped_by_arm_and_left_alone(uri: str, tmp_path: 
     assert client.get_experiment(experiment.experiment_id).tags[key] == "mine"
 
 
+@pytest.mark.slow
 def test_a_sweep_of_the_command_line(
     command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
