@@ -7,14 +7,18 @@ An experiment of ``conf/experiment`` takes part if its first lines have a ``Clai
     # Command:  cl-moe -m experiment=NAME strategy=naive,replay seed.init=0,1,2 'seed.data=${seed.init}'
     # Run time: 2 minutes on 2 cores
     # Full scale: the overrides with which it is the source's own experiment
+    # Derive:   trend = slope stream/average_loss over layer.num_experts of moe_*
     # Claim:    replay stream/forgetting below naive
+    # Show:     cost/train_flops
     # Figure:   pareto
 
 A claim is an arm, a metric, ``below`` or ``above``, and another arm (with a metric of its own behind it, if
-that is another one) or a number, perhaps ``by`` a margin; there may be several. It is reproduced if the whole
-95% interval of the paired difference lies on the side that it names, beyond the margin, contradicted if all
-of it lies on the other side, and else not to be told at this scale. ``Figure`` is one of the comparison's, or
-``stability_gap`` of the first claim's arm. Lines go on behind three spaces, commands behind ``&&``.
+that is another one) or a number, perhaps ``by`` a margin; or ``within`` and a margin; there may be several.
+It is reproduced if the whole 95% interval of the paired difference lies on the side that it names, beyond the
+margin (``within``: inside it), contradicted if all of it lies on the other side, and else not to be told at
+this scale. ``Derive`` makes an arm of others (``cl_moe.tracking.compare.families``), ``Show`` names further
+columns. ``Figure`` is one of the comparison's, ``stability_gap`` of the first claim's arm, ``families`` (the
+derived curves) or ``learning`` (losses inside). Lines go on behind three spaces, commands behind ``&&``.
 
 Runs are kept in ``results/``, with an MLflow store of their own. Finished ones are not run again, and those
 that were stopped go on. A section between two marks of ``docs/RESULTS.md`` is written anew; all else there
@@ -25,7 +29,6 @@ stays as it is.
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 import subprocess
@@ -39,9 +42,12 @@ from PIL import Image
 from cl_moe.errors import InputError
 from cl_moe.tracking import compare
 from cl_moe.tracking.compare.arms import Arm, by_stream
+from cl_moe.tracking.compare.claims import Claim, Verdict, judge, numbers, read_claim, sentence
+from cl_moe.tracking.compare.families import Derived, derive, family, inside_curve, read_derived
 from cl_moe.tracking.compare.runs import read_runs
-from cl_moe.tracking.compare.statistics import Contrast, Inference, contrast
-from cl_moe.tracking.compare.table import head, main_metric, p_text, short, signed
+from cl_moe.tracking.compare.table import head, main_metric, short
+from cl_moe.tracking.figures import save
+from cl_moe.tracking.figures.families import families, learning
 from cl_moe.tracking.store import open_store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,50 +58,23 @@ FIGURES = (
     "pareto",
     "forgetting_parts",
     "stability_gap",
+    "families",
+    "learning",
 )
-FIELDS = ("Question", "Source", "Command", "Run time", "Full scale", "Claim", "Figure")
+FIELDS = ("Question", "Source", "Command", "Run time", "Full scale", "Derive", "Claim", "Show", "Figure")
+SEVERAL = ("Derive", "Claim")
 _NEEDED = ("Question", "Source", "Command", "Run time", "Full scale")
 _FIELD = re.compile(rf"# ({'|'.join(FIELDS)}): +(.*)")
-_CLAIM = re.compile(r"(\S+) (\S+) (below|above) (\S+)(?: (?!by )(\S+/\S+))?(?: by ([\d.]+))?")
 WIDTH = 1100  # pixels of a figure
 
 
-class Claim(NamedTuple):
-    """What shall be true of an arm.
-
-    Args:
-        text: as it is written.
-        arm: whose metric it is about.
-        metric: its key.
-        side: ``below`` or ``above``.
-        against: another arm, or a number.
-        other: that arm's metric.
-        margin: >= 0, by which it shall differ.
-    """
-
-    text: str
-    arm: str
-    metric: str
-    side: str
-    against: str
-    other: str
-    margin: float
-
-
 class Named(NamedTuple):
-    """An experiment as its file describes it: every field's text, and its claims."""
+    """An experiment as its file describes it: every field's text, the arms made of others, and its claims."""
 
     name: str
     about: Mapping[str, str]
+    derived: tuple[Derived, ...]
     claims: tuple[Claim, ...]
-
-
-class Verdict(NamedTuple):
-    """A claim, what was found, and in words whether that bears it out."""
-
-    claim: Claim
-    found: Contrast
-    word: str
 
 
 def read(path: Path) -> Named | None:
@@ -105,35 +84,31 @@ def read(path: Path) -> Named | None:
         InputError: a claim that cannot be read, or a field is missing beside it.
     """
     about: dict[str, str] = {}
-    claims: list[str] = []
+    several: dict[str, list[str]] = {field: [] for field in SEVERAL}
     field = ""
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         if match := _FIELD.match(line):
             field, text = match[1], match[2].strip()
-            if field == "Claim":
-                claims.append(text)
-            about[field] = text
+            if field in several:
+                several[field].append(text)
+            else:
+                about[field] = text
         elif field and line.startswith("#   "):
-            about[field] += f" {line[1:].strip()}"
-    if not claims:
+            if field in several:
+                several[field][-1] += f" {line[1:].strip()}"
+            else:
+                about[field] += f" {line[1:].strip()}"
+    if not several["Claim"]:
         return None
     if missing := [field for field in _NEEDED if field not in about]:
         raise InputError(got=f"{path.name} without {missing[0]}", allowed=", ".join(_NEEDED), key=path.name)
     figure = about.setdefault("Figure", FIGURES[0])
     if figure not in FIGURES:
         raise InputError(got=f"Figure: {figure}", allowed=", ".join(FIGURES), key=path.name)
-    return Named(path.stem, about, tuple(_claim(text, path.name) for text in claims))
-
-
-def _claim(text: str, key: str) -> Claim:
-    match = _CLAIM.fullmatch(text)
-    if match is None:
-        allowed = "ARM METRIC below (or above) ARM (METRIC) (or a number) (by NUMBER)"
-        raise InputError(got=f"Claim: {text}", allowed=allowed, key=key)
-    arm, metric, side, against, other, margin = match.groups()
-    return Claim(text, arm, metric, side, against, other or metric, float(margin or 0))
+    derived = tuple(read_derived(text, path.name) for text in several["Derive"])
+    return Named(path.stem, about, derived, tuple(read_claim(text, path.name) for text in several["Claim"]))
 
 
 def commands(named: Named, folder: Path) -> list[list[str]]:
@@ -150,37 +125,11 @@ def commands(named: Named, folder: Path) -> list[list[str]]:
     return found
 
 
-def judge(claim: Claim, arms: Sequence[Arm], how: Inference = Inference()) -> Verdict:  # noqa: B008
-    """Hold a claim against the paired differences.
-
-    Raises:
-        InputError: no such arm, or none of its runs has the metric.
-    """
-    named = {arm.full or arm.name: arm for arm in arms}
-    ours = named[claim.arm].values(claim.metric) if claim.arm in named else {}
-    if claim.against in named:
-        theirs = named[claim.against].values(claim.other)
-    else:
-        theirs = dict.fromkeys(ours, float(claim.against)) if _is_number(claim.against) else {}
-    if not ours or not theirs:
-        got = f"no {claim.metric} of {claim.arm}" if not ours else f"no {claim.other} of {claim.against}"
-        raise InputError(got=got, allowed=f"the arms {', '.join(named)}", key=f"Claim: {claim.text}")
-    found = contrast(ours, theirs, how)
-    low, high = found.shown if claim.side == "above" else (-found.shown.high, -found.shown.low)
-    if math.isnan(low):
-        word = "not to be told from one pair"
-    elif low > claim.margin:
-        word = "reproduced"
-    else:
-        word = "contradicted" if high < claim.margin else "not at this scale"
-    return Verdict(claim, found, word)
-
-
 def section(named: Named, arms: Sequence[Arm], verdicts: Sequence[Verdict], main: str) -> str:
     """What stands between the marks: the question, how to run it, numbers, verdicts, the figure."""
     about = named.about
     asked = [key for claim in named.claims for key in (claim.metric, claim.other)]
-    metrics = list(dict.fromkeys([main, *asked]))
+    metrics = list(dict.fromkeys([main, *asked, *about.get("Show", "").split()]))
     heads = ["arm", "seeds x orders", *(head(key) for key in metrics)]
     rows = [[a.full or a.name, f"{a.num_seeds} x {a.num_orders}", *_cells(a, metrics)] for a in arms]
     table = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
@@ -188,7 +137,7 @@ def section(named: Named, arms: Sequence[Arm], verdicts: Sequence[Verdict], main
         [
             f"{about['Question'][:1].upper()}{about['Question'][1:]} ({about['Source']})",
             "",
-            *(f"- **{_sentence(one)}**: {_numbers(one.found)}" for one in verdicts),
+            *(f"- **{sentence(one)}**: {numbers(one.found)}" for one in verdicts),
             "",
             *table,
             "",
@@ -229,17 +178,30 @@ def write_up(named: Named, folder: Path, page: Path) -> list[Verdict]:
     selection = read_runs(open_store(_store(folder), create=False, key="results"), named.name, None)
     streams, _ = by_stream(selection.runs, ("arm",), False)
     arms = [arm for found in streams.values() for arm in found]
-    verdicts = [judge(claim, arms) for claim in named.claims]
     main = main_metric(arms)
+    arms += [derive(one, arms) for one in named.derived]
+    verdicts = [judge(claim, arms) for claim in named.claims]
     page.parent.joinpath("images").mkdir(parents=True, exist_ok=True)
-    first = next(arm.runs[0] for arm in arms if (arm.full or arm.name) == named.claims[0].arm)
-    found = [*out.rglob(name := f"{named.about['Figure']}.png"), Path(first.artifacts) / name]
-    figure = Image.open(found[0]).convert("RGB")
+    figure = Image.open(_figure(named, arms, out)).convert("RGB")
     figure.thumbnail((WIDTH, 10 * WIDTH), Image.Resampling.LANCZOS)
     figure.quantize(256).save(page.parent / "images" / f"results_{named.name}.png", optimize=True)
     text = page.read_text(encoding="utf-8") if page.exists() else "# Results\n"
     page.write_text(put(text, named.name, section(named, arms, verdicts, main)), encoding="utf-8")
     return verdicts
+
+
+def _figure(named: Named, arms: Sequence[Arm], out: Path) -> Path:
+    """Where the experiment's figure is; what is drawn of derived arms is drawn now."""
+    kind = named.about["Figure"]
+    if kind == "families":
+        drawn = [found for one in named.derived if (found := family(one, arms)) is not None]
+        return save(families(drawn), out / "families.png")
+    if kind == "learning":
+        real = [arm for arm in arms if not any(one.name == arm.name for one in named.derived)]
+        curves = {arm.full or arm.name: [inside_curve(run) for run in arm.runs] for arm in real}
+        return save(learning(curves), out / "learning.png")
+    first = next(arm.runs[0] for arm in arms if (arm.full or arm.name) == named.claims[0].arm)
+    return [*out.rglob(f"{kind}.png"), Path(first.artifacts) / f"{kind}.png"][0]
 
 
 def main(*names: str) -> int:
@@ -260,7 +222,7 @@ def main(*names: str) -> int:
                 break
         else:
             for verdict in write_up(known[name], folder, _page()):
-                print(f"results: {name}: {_sentence(verdict)}: {_numbers(verdict.found)}", flush=True)
+                print(f"results: {name}: {sentence(verdict)}: {numbers(verdict.found)}", flush=True)
     return status
 
 
@@ -272,24 +234,9 @@ def _store(folder: Path) -> str:
     return f"sqlite:///{folder / 'mlflow.db'}"
 
 
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[-+]?[\d.]+", text) is not None
-
-
 def _cells(arm: Arm, metrics: Sequence[str]) -> list[str]:
     spreads = [arm.spread(key) for key in metrics]
     return [f"{short(one.mean)} ± {short(one.std)}" if one.num > 1 else short(one.mean) for one in spreads]
-
-
-def _sentence(one: Verdict) -> str:
-    return f"{one.word}: {one.claim.text}"
-
-
-def _numbers(one: Contrast) -> str:
-    """The mean difference, its interval, the pairs, p."""
-    low, high = one.shown
-    interval = "" if math.isnan(low) else f", 95% interval [{signed(low)}, {signed(high)}]"
-    return f"{signed(one.mean)}{interval}, {one.pairs} pairs, p {p_text(one.p)}"
 
 
 if __name__ == "__main__":

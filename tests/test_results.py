@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import importlib.util
 import shlex
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from cl_moe import launch
 from cl_moe.errors import InputError
 from cl_moe.stream import Stream, take
 from cl_moe.tracking.compare.arms import Arm
+from cl_moe.tracking.compare.claims import judge, read_claim
 from cl_moe.tracking.compare.runs import Run
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +73,7 @@ ARMS = [
 
 
 def verdict(text: str, arms: list[Arm] = ARMS) -> str:
-    return results.judge(results._claim(text, "x.yaml"), arms).word
+    return judge(read_claim(text, "x.yaml"), arms).word
 
 
 @pytest.mark.parametrize(("text", "word"), [
@@ -145,6 +147,29 @@ def test_names_that_are_no_experiments():
 def test_a_named_experiments_commands_are_its_own(name: str, tmp_path: Path):
     for words in results.commands(NAMED[name], tmp_path):
         assert f"experiment={name}" in words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(NAMED))
+def test_every_arm_that_a_claim_names_builds(
+    name: str, command_in: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Every command of the file with one seed, as far as to the first step; and what is made of its arms."""
+    arms: set[str] = set()
+    monkeypatch.setattr(launch, "run_experiment", lambda run: arms.add(run.params["arm"]) or 0.0)
+    monkeypatch.setattr(launch.stored, "note_finished", lambda *_: None)
+    for words in results.commands(NAMED[name], tmp_path):
+        kept = [word for word in words if not word.startswith("tracking.")]
+        one = [word.split(",")[0] if word.startswith("seed.") else word for word in kept]
+        done = command_in(tmp_path, *one, "tracking=none")
+        assert done.status == 0, f"{shlex.join(one)}\n{done.text}"
+    for derived in NAMED[name].derived:
+        patterns = {word for key in ("arms", "base", "high") for word in derived.words.get(key, "").split(",")}
+        assert all(fnmatch.filter(arms, pattern) for pattern in patterns - {""}), f"{derived.text}: {arms}"
+        arms.add(derived.name)
+    for claim in NAMED[name].claims:
+        assert claim.arm in arms
+        assert claim.against in arms or claim.against.replace(".", "").isdigit()
 
 
 def few(stream: object) -> object:

@@ -1,0 +1,60 @@
+"""Curves through arms (isoFLOP curves, trends, laws), and losses over steps.
+
+Everything here takes plain numbers. Legend: P points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from cl_moe.tracking.figures import style
+
+if TYPE_CHECKING:
+    from cl_moe.tracking.compare.families import Family
+
+
+def families(found: Sequence[Family]) -> Figure:
+    """A small dot per run, a large one per mean at the same x, the fitted curve; x is logarithmic."""
+    figure = style.new_figure(7.5, 4.6 + 0.2 * -(-len(found) // 3))
+    axes = figure.add_subplot()
+    looks = style.line_styles([one.name for one in found])
+    for one in found:
+        colour, dashes = looks[one.name]
+        points_P2 = np.array(one.points)
+        axes.plot(*points_P2.T, "o", color=colour, ms=3, alpha=0.4, mew=0)
+        axes.plot(one.curve.x, one.curve.y, dashes, color=colour, lw=1.4, label=one.name)
+    axes.set_xscale("log")
+    style.plain(axes, "Curves through the arms: dots are runs")
+    axes.set_xlabel(found[0].over, fontsize=9)
+    axes.set_ylabel(found[0].metric, fontsize=9)
+    axes.grid(color=style.RULE, lw=0.5)
+    figure.legend(loc="outside lower left", ncols=3, fontsize=8.5, frameon=False)
+    return figure
+
+
+def learning(arms: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]) -> Figure:
+    """The loss over optimizer steps: a thin line per run, a thick one for the mean of an arm.
+
+    Args:
+        arms: ``{arm: [(steps, losses) of each run]}``; runs of an arm with the same steps have a mean.
+    """
+    figure = style.new_figure(7.5, 4.6 + 0.2 * -(-len(arms) // 3))
+    axes = figure.add_subplot()
+    for name, (colour, dashes) in style.line_styles(arms).items():
+        for steps, losses in arms[name]:
+            axes.plot(steps, losses, dashes, color=colour, lw=0.6, alpha=0.35)
+        steps, alike = (
+            arms[name][0][0],
+            [losses for s, losses in arms[name] if list(s) == list(arms[name][0][0])],
+        )
+        axes.plot(steps, np.mean(alike, axis=0), dashes, color=colour, lw=1.8, label=name)
+    style.plain(axes, "Loss while learning, on held-out data")
+    axes.set_xlabel("optimizer steps", fontsize=9)
+    axes.set_ylabel("loss (minus the score)", fontsize=9)
+    axes.grid(color=style.RULE, lw=0.5)
+    figure.legend(loc="outside lower left", ncols=3, fontsize=8.5, frameon=False)
+    return figure
