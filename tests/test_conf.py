@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -69,6 +70,8 @@ def test_a_leaf_opens_with_how_to_run_it(group: str, name: str):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_builds(name: str, composed: Compose, tmp_path: Path):
     config = composed(f"experiment={name}", "tracking=none")
+    if HydraConfig.get().runtime.choices.stream in ELSEWHERE and not os.environ.get("CL_MOE_DATA"):
+        pytest.skip("its data are in CL_MOE_DATA")
     config.output_dir = str(tmp_path)
     run = launch.build(config)
     assert run.params["arm"]
