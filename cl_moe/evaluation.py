@@ -16,7 +16,7 @@ from cl_moe.batches import evaluation_loader, probe_rows
 from cl_moe.growth.adapt import births
 from cl_moe.layers.routing import ExpertLoad
 from cl_moe.learner import Learner
-from cl_moe.measuring import Measuring, Past
+from cl_moe.measuring import Measuring, Past, uneven_layers
 from cl_moe.metrics import Tally
 from cl_moe.metrics.answers import mean_of
 from cl_moe.metrics.functional import Choices
@@ -162,6 +162,7 @@ def enter(
     record.shares.append(diagnostics.shares(record, boundary))
     points = diagnostics.load_metrics(record, boundary) | diagnostics.latencies(found.peaks, boundary)
     points |= diagnostics.changes(found.choices, past.choices, T) | dict(found.beside)
+    points |= diagnostics.takers(found.choices[:boundary], uneven_layers(learner.model))
     points |= inside.calibration_points(record, boundary, found.calibration)
     online = mean_of(agreement.of_all(learner.online.state_dict()))
     points |= inside.online_points(record, boundary, online)

@@ -128,6 +128,16 @@ class Past:
         }
 
 
+def uneven_layers(model: ContinualModel) -> list[int]:
+    """Blocks whose experts drop tokens or take those they like: not every token is computed by as many."""
+    routers = {block: getattr(layer, "router", None) for block, layer in model.expert_layers.items()}
+    return [
+        block
+        for block, router in routers.items()
+        if router is not None and (router.cost_varies or not router.causal)
+    ]
+
+
 def _check_inside(every: int | None, window: int | None, samples: int) -> None:
     for name, steps in (("every", every), ("window", window)):
         if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):

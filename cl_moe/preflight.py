@@ -16,7 +16,7 @@ from cl_moe.errors import InputError
 from cl_moe.growth import Census, FreezePolicy, GrowthSchedule
 from cl_moe.layers.routing import ExpertLoad
 from cl_moe.learner import Learner
-from cl_moe.measuring import Measuring, Past
+from cl_moe.measuring import Measuring, Past, uneven_layers
 from cl_moe.metrics.functional import Choices
 from cl_moe.models import ContinualModel
 from cl_moe.plasticity import expected_points
@@ -99,6 +99,7 @@ def check_objective(objective: str, stream: Stream, learner: Learner, measuring:
     past = dict.fromkeys(range(num), tokens) if measuring.samples else {}
     points = diagnostics.load_metrics(ended, num) | diagnostics.changes([tokens] * num, past, num)
     points |= diagnostics.latencies(dict.fromkeys(sizes, torch.ones(num, 2)), num)
+    points |= diagnostics.takers([tokens] if measuring.samples else [], uneven_layers(learner.model))
     points |= inside.calibration_points(ended, num, torch.zeros(num))
     points |= inside.online_points(ended, num, 0.0)
     points |= expected_points(learner.model) if measuring.samples else {}

@@ -5,7 +5,7 @@ Legend: T experiences, N experts of a layer, C cohorts, NN: an index padded to t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -110,6 +110,26 @@ def changes(
             prefix, name = f"routing/layer_{numbered(layer)}", f"experience_{numbered(j, T)}"
             points[f"{prefix}/drift_{name}"] = F.routing_drift(after, before).item()
             points[f"{prefix}/saturation_{name}"] = F.router_saturation(after, before).item()
+    return points
+
+
+def takers(choices: Sequence[Mapping[int, Choices]], layers: Iterable[int]) -> dict[str, float]:
+    """How many experts compute a token: shares of the probe sets' tokens, per layer.
+
+    ``experts/layer_NN/tokens_none``, ``tokens_one_two``, ``tokens_three_four``, ``tokens_more``.
+
+    Args:
+        choices: on the probe set of every experience trained, by layer.
+        layers: in which that number is not the same for all tokens.
+    """
+    points: dict[str, float] = {}
+    for layer in layers:
+        found = [row[layer] for row in choices if layer in row]
+        values = F.taker_shares(found).tolist() if found else []
+        names = ("none", "one_two", "three_four", "more")
+        points |= {
+            f"experts/layer_{numbered(layer)}/tokens_{n}": v for n, v in zip(names, values, strict=False)
+        }
     return points
 
 

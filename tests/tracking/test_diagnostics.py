@@ -115,3 +115,17 @@ def test_the_leak_is_a_file(record, tmp_path):
         assert line["layer"] == "5"
     leak = np.mean([float(e["share"]) for e in lines[:9] if int(e["birth"]) > int(e["experience"]) == 0]) * 2
     assert leak == pytest.approx(all_points(record, 2)["routing/layer_05/leak"])
+
+
+def test_how_many_experts_compute_a_token_is_counted_on_real_ones():
+    draw = torch.Generator().manual_seed(0)
+    size_S = torch.randint(0, 8, (50,), generator=draw)
+    size_S[::7] = 0  # padding, or dropped
+    kept = Choices(torch.zeros(int(size_S.sum())).int(), size_S.int(), 46)
+    sizes = size_S.tolist()
+    want = [46 - sum(s > 0 for s in sizes), *(sum(s in (a, a + 1) for s in sizes) for a in (1, 3))]
+    found = diagnostics.takers([{0: kept, 1: kept}, {0: kept}], [0])
+    names = ("none", "one_two", "three_four", "more")
+    assert list(found) == [f"experts/layer_00/tokens_{name}" for name in names]
+    assert list(found.values()) == pytest.approx([n / 46 for n in (*want, sum(s > 4 for s in sizes))])
+    assert diagnostics.takers([], [0]) == {}

@@ -31,6 +31,7 @@ from cl_moe.metrics.functional.routing import (
     leak,
     router_saturation,
     routing_drift,
+    taker_shares,
     task_information,
 )
 from cl_moe.metrics.functional.stream import (
@@ -79,6 +80,7 @@ __all__ = [
     "router_saturation",
     "routing_drift",
     "squared_cv",
+    "taker_shares",
     "task_information",
     "unevenness",
     "unit_perplexity",

@@ -31,6 +31,21 @@ class Choices(NamedTuple):
     num_real: int
 
 
+def taker_shares(choices: Sequence[Choices]) -> Tensor:
+    """(4,) float64 shares of real tokens computed by no expert, one or two, three or four, and more.
+
+    The histogram of Zhou et al. 2022 (2202.09368, section 4.6) in its bins. NaN without tokens.
+
+    >>> taker_shares([Choices(torch.arange(7).int(), torch.tensor([1, 2, 4, 0, 0]), 4)]).tolist()
+    [0.25, 0.5, 0.25, 0.0]
+    """
+    size_S = torch.cat([found.size for found in choices])
+    real = sum(found.num_real for found in choices)
+    taken = [(size_S.ge(low) & size_S.le(high)).sum() for low, high in ((1, 2), (3, 4))]
+    counts = torch.stack([real - size_S.gt(0).sum(), *taken, size_S.gt(4).sum()])
+    return counts.double() / real
+
+
 def routing_drift(now: Choices, then: Choices) -> Tensor:
     """Share of real tokens whose set of experts is not what it was, in [0, 1]; NaN without tokens.
 
