@@ -4,7 +4,7 @@ VENV    = .venv
 STAMP   = $(VENV)/.installed
 PY      = $(VENV)/bin/python
 WORKERS = 2
-EXTRAS  = dev,transformers,system
+EXTRAS  = dev,transformers,system,joblib,submitit,optuna
 SEED    = 0
 PYTEST  = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
@@ -26,8 +26,9 @@ demo: $(STAMP) ## the main job: one stream under several arms, a comparison tabl
 test: $(STAMP) ## every test that is not slow
 	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.extras ## every test, with every extra installed
+test-all: $(VENV)/.extras $(VENV)/.ray ## every test, with every extra installed
 	$(PYTEST)
+	OMP_NUM_THREADS=1 $(VENV)/ray/bin/python -m pytest tests/test_launchers.py -k ray
 
 check: $(STAMP) ## format, lint, types, floors, tests; the first that fails is named
 	@$(call step,format,$(PY) -m ruff format --check .)
@@ -69,7 +70,7 @@ clean: ## remove .venv, builds and caches; runs and their results stay
 
 # The stamp goes first and comes last, so that an interrupted installation is begun anew.
 $(STAMP): pyproject.toml constraints.txt $(FRESH)
-	@rm -f $(STAMP) $(VENV)/.extras $(VENV)/.bench
+	@rm -f $(STAMP) $(VENV)/.extras $(VENV)/.bench $(VENV)/.ray
 	@if [ -n "$(FRESH)" ]; then $(find_python); "$$python" -m venv --clear $(VENV) || { $(no_venv); exit 1; }; fi
 	@echo "installing into $(VENV): a few minutes, about 2 GB (more with CUDA)"
 	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -78,6 +79,15 @@ $(STAMP): pyproject.toml constraints.txt $(FRESH)
 $(VENV)/.extras: $(STAMP)
 	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
+
+# What the ray launcher wants of others' versions stands before ours, in an environment that sees ours.
+$(VENV)/.ray: $(STAMP) constraints-ray.txt
+	@$(PY) -m venv --clear $(VENV)/ray
+	@$(PY) -c '$(packages)' > "$$($(VENV)/ray/bin/python -c '$(packages)')/ours.pth"
+	@$(VENV)/ray/bin/python -m pip install -q --disable-pip-version-check -c constraints-ray.txt -e '.[ray]'
+	@touch $@
+
+packages = import sysconfig; print(sysconfig.get_path("purelib"))
 
 $(VENV)/.bench: $(STAMP)
 	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'

@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_moe import failures
+from cl_moe import failures, stopping, sweeping
 from cl_moe.arguments import rewritten
 from cl_moe.errors import InputError, RunFailedError, StopRequestedError
 from cl_moe.stopping import behind, listening
@@ -45,6 +45,24 @@ class _JobFailed(BaseException):
 
 @hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")
 def _task(config: DictConfig) -> float:
+    return _job_elsewhere(config) if sweeping.is_elsewhere() else _job(config)
+
+
+def _job_elsewhere(config: DictConfig) -> float:
+    """A job in a process that a launcher started."""
+    overrides = list(HydraConfig.get().overrides.task)
+    try:
+        with sweeping.noted(), stopping.working():
+            from cl_moe import launch
+
+            return launch.run(config)
+    except (Exception, StopRequestedError, KeyboardInterrupt) as raised:
+        error = behind(raised)
+        told = sweeping.portable(error, explain(error, overrides)[1], overrides)
+    raise told
+
+
+def _job(config: DictConfig) -> float:
     from cl_moe import launch
 
     hydra_config = HydraConfig.get()
@@ -94,8 +112,10 @@ def _run(arguments: list[str], show_traceback: bool) -> int:
         _guard_shadowing()
         words = rewritten(arguments)
         _refuse_empty_sweeps(words)
-        sys.argv = [sys.argv[0], *words]
-        _task()
+        sweeping.check(words)
+        sys.argv = [sys.argv[0], *sweeping.completed(words)]
+        with sweeping.leading(words):
+            _task()
         return 0
     except _JobFailed as failed:
         error = failed.error
@@ -129,6 +149,8 @@ def explain(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
         return (INPUT_WRONG if isinstance(failure, InputError) else FAILED), str(failure)
     if {type(error).__module__.split(".")[0], _origin(error)} & {"hydra", "omegaconf", "antlr4", "yaml"}:
         return INPUT_WRONG, _configuration_message(error, arguments)
+    if _origin(error) == "optuna" and "No trials are completed" in str(error):
+        return FAILED, "no trial of the search came to an end; what ended each stands above"
     return FAILED, (
         f"{type(error).__name__}: {error}\nThis is a defect of cl-moe, or of the machine: "
         "HYDRA_FULL_ERROR=1 shows where it happened."

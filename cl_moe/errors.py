@@ -20,7 +20,7 @@ class InputError(ValueError):
         return f"got: {self.got}\nallowed: {self.allowed}\nchange: {self.key}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_input_error, (self.got, self.allowed, self.key))
+        return (_rebuild_input_error, (self.got, self.allowed, self.key), self.__dict__)
 
 
 def _rebuild_input_error(got: str, allowed: str, key: str) -> InputError:
@@ -38,6 +38,20 @@ class StopRequestedError(BaseException):
     def __init__(self, message: str = "", keyboard: bool = False) -> None:
         super().__init__(message)
         self.keyboard = keyboard
+
+
+class JobStoppedError(Exception):
+    """A request to stop on its way from a job to the process that launched it, where it is one again.
+
+    What starts jobs in other processes hands on errors and loses whatever else ends a job.
+    """
+
+    def __init__(self, message: str = "", keyboard: bool = False) -> None:
+        super().__init__(message)
+        self.keyboard = keyboard
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (StopRequestedError, (str(self), self.keyboard))
 
 
 class RunFailedError(RuntimeError):

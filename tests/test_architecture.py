@@ -30,7 +30,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("cli", "__main__", "arguments", "words", "folder", "schema", "targets"), 5),
     **dict.fromkeys(("launch", "branching", "distilling", "stored"), 5),
     **dict.fromkeys(("ranks", "handing", "torchrun", "worker"), 5),
-    **dict.fromkeys(("reproducing", "repeating", "loading", "describing"), 5),
+    **dict.fromkeys(("reproducing", "repeating", "loading", "describing", "sweeping"), 5),
 }
 """Rooms of ``cl_moe``; "" is the package itself. A module is in the longest room its name begins with."""
 
@@ -69,6 +69,9 @@ SIBLINGS: dict[tuple[str, str], str] = {
     **dict.fromkeys((("run", n) for n in ("ending", "leaving")), "how a run ends"),
     **dict.fromkeys((("starting", n) for n in ("rank_state", "cost", "preflight")), "a branch is set up"),
     ("cli", "words"): "a sweep of nothing is seen in its words",
+    **dict.fromkeys(
+        (("cli", "sweeping"), ("sweeping", "words")), "who runs a sweep's jobs is seen there, too"
+    ),
     ("cli", "arguments"): "resume and branch stand for arguments, which Hydra gets",
     ("arguments", "folder"): "resume reads what a launch wrote",
     ("stored", "folder"): "what a launch writes is what the next one reads",

@@ -28,8 +28,12 @@ PINNED_BY_TORCH = re.compile(r"nvidia-|cuda-|(pytorch-)?triton")
 """What a CUDA or ROCm build of torch brings: each build names its own versions."""
 
 
-def pins() -> dict[str, Version]:
-    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+OF_ITS_OWN = {"ray": "constraints-ray.txt"}
+"""Constraints of extras that cannot stand beside the others."""
+
+
+def pins(file: str = "constraints.txt") -> dict[str, Version]:
+    lines = (ROOT / file).read_text("utf-8").splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(name): Version(version) for name, version in pairs}
 
@@ -116,8 +120,9 @@ def test_malicious_releases_are_refused() -> None:
     assert not {str(pins()[name]) for name in ("lightning", "pytorch-lightning")} & {"2.6.2", "2.6.3"}
 
 
-def test_constraints_are_exact_sorted_and_fit_any_build() -> None:
-    lines = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if line[:1] != "#"]
+@pytest.mark.parametrize("file", ["constraints.txt", *OF_ITS_OWN.values()])
+def test_constraints_are_exact_sorted_and_fit_any_build(file: str) -> None:
+    lines = [line for line in (ROOT / file).read_text("utf-8").splitlines() if line[:1] != "#"]
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line)] == []
     names = [canonicalize_name(line.split("==")[0]) for line in lines]
     assert names == sorted(set(names))
@@ -126,11 +131,13 @@ def test_constraints_are_exact_sorted_and_fit_any_build() -> None:
 
 @pytest.mark.parametrize("group", ["dependencies", *EXTRAS])
 def test_constraints_satisfy_what_the_project_asks_for(group: str) -> None:
-    assert outside_pins(EXTRAS.get(group, PROJECT["dependencies"]), pins()) == []
+    pinned = pins(OF_ITS_OWN.get(group, "constraints.txt"))
+    assert outside_pins([*PROJECT["dependencies"], *EXTRAS.get(group, [])], pinned) == []
 
 
 def test_constraints_pin_whatever_the_installation_brought() -> None:
-    asked = [*PROJECT["dependencies"], *(one for extra in EXTRAS.values() for one in extra)]
+    beside = [extra for extra in EXTRAS if extra not in OF_ITS_OWN]
+    asked = [*PROJECT["dependencies"], *(one for extra in beside for one in EXTRAS[extra])]
     brought = {name for name in needed(asked) if not PINNED_BY_TORCH.match(name)}
     assert len(brought) > len(asked)
     assert brought - pins().keys() == set()
