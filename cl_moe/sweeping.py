@@ -17,8 +17,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
 
 from cl_moe import files, stopping
+from cl_moe.arguments import SWEEP
 from cl_moe.errors import InputError, JobStoppedError, RunFailedError, StopRequestedError
 from cl_moe.words import is_sweep, key_of, split_flags, value_of
 
@@ -129,6 +134,17 @@ def _among_jobs() -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+class Record(Callback):
+    """Hydra's record of a sweep's command, what ``resume`` goes on with: Hydra's own sweeper alone writes it."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Write it, for every sweeper; where a sweep goes on, its first command stays."""
+        file = Path(str(config.hydra.sweep.dir), SWEEP)
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            files.write_atomically(file, OmegaConf.to_yaml(config).encode())
+
+
 def is_elsewhere() -> bool:
     """Whether this process runs a job for the one that was asked."""
     return not _leading
@@ -166,10 +182,12 @@ def portable(error: BaseException, message: str, overrides: Sequence[str]) -> Ex
     link: BaseException | None = error
     while link is not None and not isinstance(link, InputError):
         link = link.__cause__
-    told = InputError(got=link.got, allowed=link.allowed, key=link.key) if link else RunFailedError(message)
+    told: Any = (
+        InputError(got=link.got, allowed=link.allowed, key=link.key) if link else RunFailedError(message)
+    )
     told.add_note("".join(traceback.format_exception(error)))  # for HYDRA_FULL_ERROR=1
     same_screen = os.environ.get(JOBS, "").partition(":")[0] == str(os.getppid())
-    told.was_said = same_screen  # type: ignore[attr-defined]
+    told.was_said = same_screen
     return told
 
 

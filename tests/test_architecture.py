@@ -68,11 +68,8 @@ SIBLINGS: dict[tuple[str, str], str] = {
     **dict.fromkeys((("run", n) for n in ("preflight", "starting", "rank_state")), "how a run begins"),
     **dict.fromkeys((("run", n) for n in ("ending", "leaving")), "how a run ends"),
     **dict.fromkeys((("starting", n) for n in ("rank_state", "cost", "preflight")), "a branch is set up"),
-    ("cli", "words"): "a sweep of nothing is seen in its words",
-    **dict.fromkeys(
-        (("cli", "sweeping"), ("sweeping", "words")), "who runs a sweep's jobs is seen there, too"
-    ),
-    ("cli", "arguments"): "resume and branch stand for arguments, which Hydra gets",
+    **dict.fromkeys((("cli", n) for n in ("words", "sweeping", "arguments")), "words stand for others"),
+    **dict.fromkeys((("sweeping", n) for n in ("words", "arguments")), "a sweep goes on by its words"),
     ("arguments", "folder"): "resume reads what a launch wrote",
     ("stored", "folder"): "what a launch writes is what the next one reads",
     ("stored", "schema"): "what is stored is the checked configuration",
