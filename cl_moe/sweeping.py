@@ -135,7 +135,7 @@ def _among_jobs() -> Iterator[None]:
 
 
 class Record(Callback):
-    """Hydra's record of a sweep's command, what ``resume`` goes on with: Hydra's own sweeper alone writes it."""
+    """Keeps a sweep's command, which ``resume`` goes on with, as of the sweepers the basic one alone does."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Write it, for every sweeper; where a sweep goes on, its first command stays."""
