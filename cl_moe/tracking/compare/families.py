@@ -157,12 +157,13 @@ def inside_curve(run: Run) -> tuple[list[float], list[float]]:
         InputError: it made none.
     """
     path = _folder(run) / ANYTIME
-    if not path.is_file():
-        raise InputError(got=f"no evaluations inside {run.run_id}", allowed="eval.every=20", key="eval.every")
     rows: dict[float, list[float]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            rows.setdefault(float(row["step"]), []).append(-float(row["score"]))
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                rows.setdefault(float(row["step"]), []).append(-float(row["score"]))
+    if not rows:
+        raise InputError(got=f"no evaluations inside {run.run_id}", allowed="eval.every=20", key="eval.every")
     return list(rows), [sum(losses) / len(losses) for losses in rows.values()]
 
 
