@@ -24,6 +24,7 @@ OUTCOMES = "rank_*.json"
 
 _group: dist.ProcessGroup | None = None
 _folder: Path | None = None
+_in_pieces = False
 
 
 def join(folder: Path | None = None) -> None:
@@ -69,6 +70,17 @@ def folder() -> Path | None:
     return _folder
 
 
+def in_pieces() -> bool:
+    """Whether no rank holds the whole model while it trains."""
+    return _in_pieces
+
+
+def hold_pieces() -> None:
+    """From here on, no rank holds the whole model while it trains."""
+    global _in_pieces
+    _in_pieces = True
+
+
 def from_first(make: Callable[[], T]) -> T:
     """What rank 0 makes; the others get a copy (on the CPU) and make nothing."""
     if num_ranks() == 1:
@@ -94,6 +106,14 @@ def most(mine: int) -> int:
     number = torch.tensor(mine)
     dist.all_reduce(number, dist.ReduceOp.MAX, group=_group)
     return int(number)
+
+
+def most_each(mine: Tensor) -> Tensor:
+    """The largest of any rank, element by element; of one shape on all ranks, in the CPU's memory."""
+    if num_ranks() > 1:
+        mine = mine.clone()
+        dist.all_reduce(mine, dist.ReduceOp.MAX, group=_group)
+    return mine
 
 
 def averages(mine: Mapping[str, float]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_moe import agreement
+from cl_moe import agreement, engines
 from cl_moe.batches import padding_mask
 from cl_moe.counting import Charges
 from cl_moe.errors import InputError, RunFailedError
@@ -24,7 +24,7 @@ from cl_moe.metrics import Tally
 from cl_moe.metrics.answers import OnlineScore
 from cl_moe.models.base import ContinualModel
 from cl_moe.models.rewind import RouterState
-from cl_moe.optim import OptimizerSpec, OptimizerState, load_state_by_name, state_by_name
+from cl_moe.optim import OptimizerSpec, OptimizerState, load_state_by_name
 from cl_moe.scoring import Scoring, add_terms
 from cl_moe.seeds import derive_seed, generator, generator_states, set_generator_states
 from cl_moe.strategies.base import Answer, Hooks, Outlook, Setting, Step, Strategy, check_rows, only_one
@@ -96,8 +96,9 @@ class Learner(LeanModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A fresh optimizer: newborns in, frozen ones out, survivors' state carried where asked for."""
         optimizer = self.optimizer_spec.build(self.named_parameters())
-        if self.optimizer_spec.state == "carry" or self._restart:
+        if self.optimizer_state:
             load_state_by_name(optimizer, self.named_parameters(), self.optimizer_state)
+            self.optimizer_state = {}  # the optimizer's own from here on
         return optimizer
 
     def on_train_start(self) -> None:
@@ -177,7 +178,9 @@ class Learner(LeanModule):
             scale_rates(optimizer, math.prod(s.rate(*self.steps()) for s in self._hooks.rate))
 
     def on_train_end(self) -> None:
-        """Refuse broken weights, close the strategies, keep the optimizer's state by name."""
+        """Keep the optimizer's state by name, refuse broken weights, close the strategies."""
+        self.optimizer_state = self._live_optimizer_state() if self.optimizer_spec.state == "carry" else {}
+        engines.gather(self.trainer)
         broken = [name for name, value in self.model.state_dict().items() if not value.isfinite().all()]
         if broken:
             raise RunFailedError(f"weights not finite after step {self.global_step}: {broken[0]}\n{_REMEDY}")
@@ -185,7 +188,6 @@ class Learner(LeanModule):
             with self.charges.counting(strategy.computes):
                 strategy.end(self.outlook())
         self.trace.close({i: layer.cohort_sizes for i, layer in self.model.expert_layers.items()})
-        self.optimizer_state = self._live_optimizer_state() if self.optimizer_spec.state == "carry" else {}
 
     def place_classes(self) -> None:
         """Note which column of the logits each class has now."""
@@ -264,7 +266,7 @@ class Learner(LeanModule):
         restart = {"batches": self.batches, "generators": generator_states()} if inside else None
         return {
             "ledger": self.ledger,
-            "model": self.model.state_dict(),
+            "model": engines.weights(self.trainer, self.model),
             "optimizer": self._live_optimizer_state() if inside else self.optimizer_state,
             "optimizer_class": type(self.optimizer_spec).__name__,
             "strategies": {name: strategy.state_dict() for name, strategy in self.strategies.items()},
@@ -278,8 +280,9 @@ class Learner(LeanModule):
         self.ledger = list(state["ledger"])
         replay(self.model, self.ledger)
         self.model.load_state_dict(state["model"])
-        same = state["optimizer_class"] == type(self.optimizer_spec).__name__  # a branch may choose another
-        self.optimizer_state = dict(state["optimizer"]) if same else {}
+        goes_on = state["restart"] or self.optimizer_spec.state == "carry"  # a branch may choose another
+        same = state["optimizer_class"] == type(self.optimizer_spec).__name__
+        self.optimizer_state = dict(state["optimizer"]) if same and goes_on else {}
         self._load_strategies(state["strategies"])
         self.online.load_state_dict(state["online"])
         self.trace.load_state_dict(state.get("trace"))
@@ -297,4 +300,4 @@ class Learner(LeanModule):
         return partly or any(getattr(part, "cost_varies", False) for part in self.model.modules())
 
     def _live_optimizer_state(self) -> OptimizerState:
-        return state_by_name(self.trainer.optimizers[0], self.named_parameters())
+        return engines.optimizer_state(self.trainer, self.named_parameters())

@@ -52,6 +52,8 @@ def run_in_ranks(config: DictConfig, spec: TrainerSpec, changed: list[str]) -> f
         StopRequestedError: they were stopped, and have saved their state.
     """
     _ = spec.device  # refuse too few of them here
+    if spec.engine is not None:
+        spec.engine.check_installed()
     parent = stored.folder_of(config)
     made = not parent.exists()
     parent.mkdir(parents=True, exist_ok=True)

@@ -92,9 +92,10 @@ class TrainerSpec:
             raise InputError(
                 got=f"gradient_clip={gradient_clip}", allowed="above 0, or null", key="trainer.gradient_clip"
             )
-        if precision not in PRECISIONS:
+        allowed = PRECISIONS if engine is None else engine.precisions
+        if precision not in allowed:
             raise InputError(
-                got=f"precision={precision}", allowed=", ".join(PRECISIONS), key="trainer.precision"
+                got=f"precision={precision}", allowed=", ".join(allowed), key="trainer.precision"
             )
         if engine is None and devices * num_nodes != 1:
             raise InputError(
@@ -153,7 +154,6 @@ class TrainerSpec:
                 devices=self.devices,
                 num_nodes=self.num_nodes,
                 **self._among_ranks(),
-                precision=self.precision,
                 gradient_clip_val=self.gradient_clip,
                 accumulate_grad_batches=self.accumulate,
                 logger=False,
@@ -172,9 +172,11 @@ class TrainerSpec:
 
     def _among_ranks(self) -> dict[str, Any]:
         if self.engine is None or self.num_ranks == 1:
-            return {}
+            return {"precision": self.precision}
+        given = self.engine.precision(self.precision)
         # named, since under SLURM Lightning would take the scheduler's ranks for ours
-        return {"strategy": self.engine.strategy(), "plugins": [TorchElasticEnvironment()]}
+        plugins = [TorchElasticEnvironment(), *given.pop("plugins", [])]
+        return {"strategy": self.engine.strategy(), "plugins": plugins, **given}
 
     def raise_epochs(self, trainer: L.Trainer) -> None:
         """Let the next fit train: without this a second fit of the same Trainer trains nothing, silently."""

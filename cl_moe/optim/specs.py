@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from cl_moe.errors import InputError
 from cl_moe.layers.tables import ExpertTable
@@ -75,10 +76,11 @@ class SGD(OptimizerSpec):
         self.check()
 
     def build(self, parameters: Named) -> torch.optim.Optimizer:
-        """``torch.optim.SGD`` (fused) over what learns."""
+        """``torch.optim.SGD`` (fused, which torch has not for pieces of parameters) over what learns."""
         learning = [parameter for _, parameter in parameters if parameter.requires_grad]
+        fused = not any(isinstance(parameter, DTensor) for parameter in learning)
         optimizer = torch.optim.SGD(
-            learning, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True
+            learning, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=fused
         )
         if self.momentum:  # the fused step refuses newborns without a buffer beside survivors with theirs
             for parameter in learning:

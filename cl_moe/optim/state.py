@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cl_moe.errors import InputError
 from cl_moe.layers.tables import ExpertTable
@@ -35,21 +36,30 @@ def load_state_by_name(
     for name, parameter in parameters:
         if parameter not in held or name not in state:
             continue
-        if isinstance(parameter, ExpertTable) and not (lazy and lazy.rule.always):
-            _check_rows(name, state[name].get("by_rows"), lazy.rows if lazy else None)
-        optimizer.state[parameter] = {
-            key: value.clone() if isinstance(value, Tensor) else value for key, value in state[name].items()
-        }
+        table = isinstance(parameter, ExpertTable | DTensor)  # of pieces all rows are stepped alike
+        if table and not (lazy and lazy.rule.always):
+            _check_rows(name, state[name].get("by_rows"), lazy.rows if lazy else "dense")
+        optimizer.state[parameter] = {key: _own(value, parameter) for key, value in state[name].items()}
     if lazy:
         lazy.go_on()
 
 
-def _check_rows(name: str, by_rows: bool | None, rows: str | None) -> None:
+def _own(value: Any, parameter: nn.Parameter) -> Any:
+    """A copy; of a parameter that lies in pieces on several ranks, this rank's piece of it."""
+    if not isinstance(value, Tensor):
+        return value
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value.clone()
+    places = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value.to(parameter.device), *places, src_data_rank=None)
+
+
+def _check_rows(name: str, by_rows: bool | None, rows: str) -> None:
     if by_rows is None or rows in ("auto", "row" if by_rows else "dense"):
         return
     kept = "row" if by_rows else "dense"
     raise InputError(
-        got=f"optimizer.rows={rows or 'dense'} with a state of {name} that was kept by rows={kept}",
+        got=f"optimizer.rows={rows} with a state of {name} that was kept by rows={kept}",
         allowed=f"optimizer.rows=auto or {kept}, which go on with it, or optimizer.state=reset",
         key="optimizer.rows",
     )

@@ -1,13 +1,15 @@
 """The model as it was at the last boundary, without a second model.
 
 A teacher keeps the old values of parameters and statistics that can still change, and runs the grown model
-with them: old cohorts only, the head's old columns only. Frozen tensors are shared with the living model.
+with them: old cohorts only, the head's old columns only. Frozen tensors are shared with the living model, but
+where that lies in pieces on several ranks: there, each rank has a model of its own for it.
 
 Legend: B batch, C columns of logits, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cl_moe import agreement
 from cl_moe.errors import InputError
 from cl_moe.losses import distillation_loss
 from cl_moe.models.base import ContinualModel
@@ -34,6 +37,7 @@ class Teacher:
         self.num_classes = 0
         self.num_cohorts: int | None = None
         self.pruned: dict[int, tuple[int, ...]] = {}
+        self.body: ContinualModel | None = None
 
     def __bool__(self) -> bool:
         return self.num_classes > 0
@@ -53,6 +57,7 @@ class Teacher:
     @torch.no_grad()
     def logits(self, model: ContinualModel, inputs: Tensor, mask: Tensor | None) -> Tensor:
         """The old model's logits (B, C_old) or (B, S, V), dropout off and running statistics used."""
+        model = model if self.body is None else self.body
         training = [part for part in model.modules() if part.training]
         for part in training:
             part.training = False
@@ -77,8 +82,13 @@ class Teacher:
         self.pruned = dict(state.get("pruned", {}))
         self.to(self.device)
 
+    def meet(self, model: ContinualModel) -> None:
+        """An experience begins, with this model: bring the old values to where it computes."""
+        self.body = copy.deepcopy(model) if self and agreement.in_pieces() else None
+        self.to(next(model.parameters()).device)
+
     def to(self, device: torch.device) -> None:
-        """Move the old values to where the model computes."""
+        """Move the old values."""
         self.device = device
         self.values = {name: value.to(device) for name, value in self.values.items()}
 
@@ -141,7 +151,7 @@ class DistillingStrategy(Strategy):
     def begin(self, outlook: Outlook) -> None:
         """Note the scenario's groups of classes; bring the teacher to where the model is."""
         self.group_of_class = outlook.group_of_class
-        self.teacher.to(next(outlook.model.parameters()).device)
+        self.teacher.meet(outlook.model)
 
     def distillation(self, step: Step) -> Tensor | None:
         """Strength x KL(teacher || student), or None before there is a teacher."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 from cl_moe.errors import InputError
@@ -17,19 +17,32 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """torch's process groups; what ranks agree on goes through the CPU everywhere."""
 
 
-HELD = (
-    *("naive", "joint", "cumulative", "replay", "der", "ewc", "si", "mas", "lwf", "gem", "agem", "gdumb"),
-    *("icarl", "lifelong_moe", "sparse_memory"),
-)
-"""Strategies that were held against one process; others are refused among ranks until they are."""
-
-
 class Engine(ABC):
-    """One way of spreading training over ranks; each run has one, or none if it is one process."""
+    """One way of spreading training over ranks; each run has one, or none if it is one process.
+
+    Attributes:
+        held: strategies against forgetting that were held against one process under it; others are refused
+            until they are.
+        precisions: numbers that it computes in.
+    """
+
+    held: tuple[str, ...]
+    precisions: tuple[str, ...] = ("32-true", "bf16-mixed", "64-true")
 
     @abstractmethod
     def strategy(self) -> Strategy:
         """Lightning's part of it, new."""
+
+    def check_installed(self) -> None:
+        """Refuse to start where a package is missing; by default none is needed."""
+        return None
+
+    def precision(self, name: str) -> dict[str, Any]:
+        """Lightning's arguments for numbers of this kind.
+
+        In float64 by a plugin, since by its name Lightning keeps it from sharding, which can do it.
+        """
+        return {"plugins": [DoublePrecision()]} if name == "64-true" else {"precision": name}
 
     def check(
         self, model: nn.Module, strategies: Iterable[str], rows: str, open_stream: bool, flops: float | None
@@ -47,8 +60,8 @@ class Engine(ABC):
             InputError: names the part.
         """
         one = "(or trainer.devices)"
-        if others := sorted(set(strategies) - set(HELD)):
-            names = ", ".join(HELD)
+        if others := sorted(set(strategies) - set(self.held)):
+            names = ", ".join(self.held)
             raise InputError(got=f"strategy={others[0]}", allowed=names, key=f"strategy {one}")
         if rows == "row":  # gradients of rows are not exchanged yet; auto is dense among ranks
             raise InputError(got="optimizer.rows=row", allowed="dense or auto", key=f"optimizer.rows {one}")
@@ -63,32 +76,3 @@ class Engine(ABC):
                     allowed="models without torch's batch normalisation (layers of cl_moe sum theirs)",
                     key=f"model {one}",
                 )
-
-
-class DDP(Engine):
-    """Distributed data parallelism: every rank holds the whole model and averages its gradients.
-
-    Args:
-        bucket_mb: gradients are exchanged in buckets of so many megabytes, above 0.
-    """
-
-    def __init__(self, bucket_mb: float = 25.0) -> None:
-        if not isinstance(bucket_mb, int | float) or not bucket_mb > 0:
-            raise InputError(
-                got=f"bucket_mb={bucket_mb!r}", allowed="above 0", key="trainer.engine.bucket_mb"
-            )
-        self.bucket_mb = bucket_mb
-
-    def strategy(self) -> Strategy:
-        """Parameters that took no part in a step are looked for: experts that nobody chose.
-
-        That also keeps torch from laying out its buckets anew after the first step, so that a run that goes
-        on adds up in the order of one that was never stopped. Buffers are not sent: layers sum theirs.
-        """
-        return DDPStrategy(
-            find_unused_parameters=True,
-            forward_sync_buffers=False,
-            bucket_cap_mb=self.bucket_mb,
-            process_group_backend=BACKENDS["cpu"],  # the group that is there is taken
-            timeout=timedelta(minutes=30),
-        )
