@@ -6,9 +6,10 @@ from typing import Any
 
 import lightning as L  # noqa: N812
 import torch
+from torch import nn
 
-from cl_moe import agreement
-from cl_moe.optim import clip_gradients
+from cl_moe import agreement, engines
+from cl_moe.optim import OptimizerState, clip_gradients
 
 
 class LeanModule(L.LightningModule):
@@ -71,6 +72,18 @@ class LeanModule(L.LightningModule):
         elif gradient_clip_val:
             held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             clip_gradients(held, gradient_clip_val)
+
+    def gather(self) -> None:
+        """Put the model together again, if an engine has taken it to pieces."""
+        engines.gather(self.trainer)
+
+    def whole_weights(self, model: nn.Module) -> dict[str, Any]:
+        """A model's state, whole; in pieces or not."""
+        return engines.weights(self.trainer, model)
+
+    def live_optimizer_state(self) -> OptimizerState:
+        """What the optimizer of the fit that is under way remembers, by name, whole."""
+        return engines.optimizer_state(self.trainer, self.named_parameters())
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the batch; between two optimizer steps, let the run be saved."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_moe import agreement, engines
+from cl_moe import agreement
 from cl_moe.batches import padding_mask
 from cl_moe.counting import Charges
 from cl_moe.errors import InputError, RunFailedError
@@ -179,8 +179,8 @@ class Learner(LeanModule):
 
     def on_train_end(self) -> None:
         """Keep the optimizer's state by name, refuse broken weights, close the strategies."""
-        self.optimizer_state = self._live_optimizer_state() if self.optimizer_spec.state == "carry" else {}
-        engines.gather(self.trainer)
+        self.optimizer_state = self.live_optimizer_state() if self.optimizer_spec.state == "carry" else {}
+        self.gather()
         broken = [name for name, value in self.model.state_dict().items() if not value.isfinite().all()]
         if broken:
             raise RunFailedError(f"weights not finite after step {self.global_step}: {broken[0]}\n{_REMEDY}")
@@ -266,8 +266,8 @@ class Learner(LeanModule):
         restart = {"batches": self.batches, "generators": generator_states()} if inside else None
         return {
             "ledger": self.ledger,
-            "model": engines.weights(self.trainer, self.model),
-            "optimizer": self._live_optimizer_state() if inside else self.optimizer_state,
+            "model": self.whole_weights(self.model),
+            "optimizer": self.live_optimizer_state() if inside else self.optimizer_state,
             "optimizer_class": type(self.optimizer_spec).__name__,
             "strategies": {name: strategy.state_dict() for name, strategy in self.strategies.items()},
             "online": self.online.state_dict(),
@@ -298,6 +298,3 @@ class Learner(LeanModule):
         layers = self.model.expert_layers.values() if training else ()
         partly = any(len(set(layer.frozen_cohorts)) > 1 for layer in layers)  # live experts have gradients
         return partly or any(getattr(part, "cost_varies", False) for part in self.model.modules())
-
-    def _live_optimizer_state(self) -> OptimizerState:
-        return engines.optimizer_state(self.trainer, self.named_parameters())

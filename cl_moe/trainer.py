@@ -173,10 +173,10 @@ class TrainerSpec:
     def _among_ranks(self) -> dict[str, Any]:
         if self.engine is None or self.num_ranks == 1:
             return {"precision": self.precision}
-        given = self.engine.precision(self.precision)
+        given = self.engine.precision(self.precision, self.device)
         # named, since under SLURM Lightning would take the scheduler's ranks for ours
         plugins = [TorchElasticEnvironment(), *given.pop("plugins", [])]
-        return {"strategy": self.engine.strategy(), "plugins": plugins, **given}
+        return {"strategy": self.engine.strategy(self.device), "plugins": plugins, **given}
 
     def raise_epochs(self, trainer: L.Trainer) -> None:
         """Let the next fit train: without this a second fit of the same Trainer trains nothing, silently."""

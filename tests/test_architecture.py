@@ -56,6 +56,7 @@ SIBLINGS: dict[tuple[str, str], str] = {
     ("preflight", "cost"): "an objective may be a cost",
     ("checkpoint", "failures"): "memory that ran out while a checkpoint was read does not make it a bad one",
     ("learner", "lean"): "a learner is a LightningModule",
+    ("lean", "engines"): "what an engine has taken to pieces is asked for as a whole",
     ("__main__", "cli"): "python -m cl_moe is the command line",
     ("cli", "launch"): "the command line starts the run",
     **dict.fromkeys((("launch", n) for n in ("words", "schema", "targets")), "what is launched was checked"),

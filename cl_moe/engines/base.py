@@ -30,14 +30,14 @@ class Engine(ABC):
     precisions: tuple[str, ...] = ("32-true", "bf16-mixed", "64-true")
 
     @abstractmethod
-    def strategy(self) -> Strategy:
+    def strategy(self, device: Device) -> Strategy:
         """Lightning's part of it, new."""
 
     def check_installed(self) -> None:
         """Refuse to start where a package is missing; by default none is needed."""
         return None
 
-    def precision(self, name: str) -> dict[str, Any]:
+    def precision(self, name: str, device: Device) -> dict[str, Any]:
         """Lightning's arguments for numbers of this kind.
 
         In float64 by a plugin, since by its name Lightning keeps it from sharding, which can do it.

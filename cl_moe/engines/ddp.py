@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from cl_moe.engines.base import BACKENDS, Engine
+from cl_moe.engines.base import BACKENDS, Device, Engine
 from cl_moe.errors import InputError
 
 
@@ -29,7 +29,7 @@ class DDP(Engine):
             )
         self.bucket_mb = bucket_mb
 
-    def strategy(self) -> Strategy:
+    def strategy(self, device: Device) -> Strategy:
         """Parameters that took no part in a step are looked for: experts that nobody chose.
 
         That also keeps torch from laying out its buckets anew after the first step, so that a run that goes

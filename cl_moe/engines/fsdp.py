@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.hooks import RemovableHandle
 
 from cl_moe import agreement
-from cl_moe.engines.base import BACKENDS, Engine
+from cl_moe.engines.base import BACKENDS, Device, Engine
 from cl_moe.engines.pieces import InPieces, Named, Together
 from cl_moe.errors import InputError
 from cl_moe.models.attention import Mixer
@@ -41,7 +41,7 @@ class FSDP(Engine):
             )
         self.reshard = reshard
 
-    def strategy(self) -> Strategy:
+    def strategy(self, device: Device) -> Strategy:
         """All ranks are one group over which data and parameters are split."""
         return FSDPStrategy(self.reshard)
 

@@ -67,7 +67,7 @@ class ICaRL(Strategy):
     def begin(self, outlook: Outlook) -> None:
         """Note which columns are old and which are new."""
         model, now = outlook.model, outlook.experience.classes
-        self.teacher.to(next(model.parameters()).device)
+        self.teacher.meet(model)
         self._column_of = {label: column for column, label in enumerate(model.head.classes)}
         old = [self._column_of[label] for label in self.exemplars if label not in now]
         self._columns = old, [self._column_of[label] for label in now]
