@@ -4,7 +4,7 @@ VENV    = .venv
 STAMP   = $(VENV)/.installed
 PY      = $(VENV)/bin/python
 WORKERS = 2
-EXTRAS  = dev,transformers,system,joblib,submitit,optuna
+EXTRAS  = dev,transformers,system,joblib,submitit,optuna,deepspeed
 SEED    = 0
 PYTEST  = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
@@ -77,7 +77,7 @@ $(STAMP): pyproject.toml constraints.txt $(FRESH)
 	@echo "$(CURDIR)" > $(STAMP)
 
 $(VENV)/.extras: $(STAMP)
-	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 # What the ray launcher wants of others' versions stands before ours, in an environment that sees ours.

@@ -25,6 +25,7 @@ OUTCOMES = "rank_*.json"
 _group: dist.ProcessGroup | None = None
 _folder: Path | None = None
 _in_pieces = False
+_sharing = 1
 
 
 def join(folder: Path | None = None) -> None:
@@ -33,8 +34,8 @@ def join(folder: Path | None = None) -> None:
     Args:
         folder: where ranks leave how they ended.
     """
-    global _group, _folder
-    _group, _folder = dist.new_group(backend="gloo"), folder
+    global _group, _folder, _sharing
+    _group, _folder, _sharing = dist.new_group(backend="gloo"), folder, 1
     layer_sums.use_group(dist.new_group())
 
 
@@ -45,9 +46,25 @@ def leave() -> None:
     layer_sums.use_group(None)
 
 
+def share_layers(size: int) -> dist.ProcessGroup:
+    """Let so many ranks in a row compute the same rows together; returns the group of those with this one.
+
+    On every rank, once, behind ``join``.
+    """
+    global _sharing
+    _sharing = size
+    every, mine = list(range(num_ranks())), None
+    together = [dist.new_group(every[i : i + size]) for i in range(0, len(every), size)]
+    for first in range(size):
+        across = dist.new_group(every[first::size])
+        mine = across if rank() % size == first else mine
+    layer_sums.use_group(mine, len(every) // size)
+    return together[rank() // size]
+
+
 def num_ranks() -> int:
     """Ranks of the run, at least 1."""
-    return layer_sums.num_ranks()
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -57,7 +74,8 @@ def rank() -> int:
 
 def words() -> tuple[int, ...]:
     """What a seed depends on beside its purpose, if ranks are to draw differently for their own rows."""
-    return (rank(),) if rank() else ()
+    part = rank() // _sharing
+    return (part,) if part else ()
 
 
 def is_first() -> bool:
@@ -127,7 +145,7 @@ def averages(mine: Mapping[str, float]) -> dict[str, float]:
 
 def rows_of_all(mine: Tensor) -> Tensor:
     """Rows of all ranks, rank by rank, on the CPU; shapes and dtypes agree but for the number of rows."""
-    return mine if num_ranks() == 1 else torch.cat(of_all(mine.detach().cpu()))
+    return mine if num_ranks() == 1 else torch.cat(of_all(mine.detach().cpu())[::_sharing])
 
 
 @torch.no_grad()
@@ -172,8 +190,8 @@ class Part(NamedTuple):
         mask: (B, S) bool, or None.
         num_new: rows of the stream, which come first.
         all_new: the same, of all ranks.
-        share: ranks x this rank's answers / all ranks' answers: the ranks' average of ``share x mean`` is the
-            mean over all; None with one rank.
+        share: parts of the batch x answers of this one / all answers: the average of ``share x mean`` is
+            the mean over all; None with one rank.
     """
 
     inputs: Tensor
@@ -219,13 +237,14 @@ def part_of(
         return torch.cat([x[new], x[added]]).to(device)
 
     mine, total = rows(targets), int(asked(targets))
-    share = int(asked(mine)) * num_ranks() / total if total else 1.0
+    share = int(asked(mine)) * (num_ranks() // _sharing) / total if total else 1.0
     own = None if mask is None else rows(mask)
     return Part(rows(inputs), mine, own, new.stop - new.start, num_new, share)
 
 
 def _mine(count: int, first: int = 0) -> slice:
-    return slice(first + count * rank() // num_ranks(), first + count * (rank() + 1) // num_ranks())
+    part, parts = rank() // _sharing, num_ranks() // _sharing
+    return slice(first + count * part // parts, first + count * (part + 1) // parts)
 
 
 def outcomes() -> Iterable[Path]:

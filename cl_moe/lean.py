@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cl_moe import agreement, engines
-from cl_moe.optim import OptimizerState, clip_gradients
+from cl_moe.optim import OptimizerState
 
 
 class LeanModule(L.LightningModule):
@@ -71,7 +71,7 @@ class LeanModule(L.LightningModule):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            clip_gradients(held, gradient_clip_val)
+            engines.clip(self.trainer, held, gradient_clip_val)
 
     def gather(self) -> None:
         """Put the model together again, if an engine has taken it to pieces."""

@@ -53,7 +53,7 @@ def run_in_ranks(config: DictConfig, spec: TrainerSpec, changed: list[str]) -> f
     """
     _ = spec.device  # refuse too few of them here
     if spec.engine is not None:
-        spec.engine.check_installed()
+        spec.engine.check_start(spec.num_ranks)
     parent = stored.folder_of(config)
     made = not parent.exists()
     parent.mkdir(parents=True, exist_ok=True)

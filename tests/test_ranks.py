@@ -72,14 +72,15 @@ def compare(
     arm: tuple[str, ...],
     engine: tuple[str, ...] = ("trainer=ddp",),
     close: float = 1e-6,
+    size: int = 2,
 ) -> dict:
-    """One process and two ranks, weights so close in the end; returns what the first left."""
+    """One process and several ranks, weights so close in the end; returns what the first left."""
     for name in ("one", "two"):
         (folder / name).mkdir()
     company.run(composed(*arm), folder / "one")
-    two = composed(*engine, "trainer.devices=2", *arm)
-    company.among(2, company.run, two, folder / "two", frozen_stay, folder=folder / "two")
-    alone, (first, second) = company.results(folder / "one", 1)[0], company.results(folder / "two", 2)
+    two = composed(*engine, f"trainer.devices={size}", *arm)
+    company.among(size, company.run, two, folder / "two", frozen_stay, folder=folder / "two")
+    alone, (first, *_, second) = company.results(folder / "one", 1)[0], company.results(folder / "two", size)
     assert company.largest_difference(first["weights"], second["weights"]) == 0
     assert alone["ledger"] == first["ledger"] == second["ledger"]
     assert alone["frozen"] == first["frozen"]

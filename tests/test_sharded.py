@@ -40,6 +40,31 @@ def test_every_strategy_and_kind_of_model_ends_as_with_one_process(composed, tmp
     compare(composed, tmp_path, FSDP_ARMS[arm], ("trainer=fsdp",))
 
 
+TENSOR_PARALLEL = ("trainer=fsdp", "trainer.engine.tensor_parallel=2")
+GATED = ("layer.glu=true", "layer.activation=silu", "layer.num_shared=1")
+SLICED_ARMS = {
+    "experts": (2, (*WITH_ALL, *GATED)),
+    "attention and experts": (2, (*TEXT, "strategy=lwf", "model.depth=0.5")),
+    "attention and dense layers": (2, (*SMALL_TEXT, "layer=dense", "layer.hidden=32", "layer.glu=true")),
+    "tables": (2, FSDP_ARMS["tables"]),
+    "in pieces, too": (4, (*WITH_ALL, *GATED)),
+    "text in pieces, too": (4, TEXT),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", SLICED_ARMS)
+def test_layers_that_ranks_compute_together_end_as_with_one_process(composed, tmp_path, arm):
+    size, words = SLICED_ARMS[arm]
+    compare(composed, tmp_path, words, TENSOR_PARALLEL, size=size)
+
+
+def test_groups_of_ranks_are_of_one_size(command):
+    ended = command(*TENSOR_PARALLEL, "trainer.devices=3", "tracking=none")
+    assert ended.status == 2
+    assert "change: trainer.engine.tensor_parallel" in ended.text
+
+
 @pytest.mark.slow
 def test_weights_may_stay_together_between_the_passes(composed, tmp_path):
     compare(composed, tmp_path, TEXT, ("trainer=fsdp", "trainer.engine.reshard=false"))

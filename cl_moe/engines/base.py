@@ -33,8 +33,8 @@ class Engine(ABC):
     def strategy(self, device: Device) -> Strategy:
         """Lightning's part of it, new."""
 
-    def check_installed(self) -> None:
-        """Refuse to start where a package is missing; by default none is needed."""
+    def check_start(self, num_ranks: int) -> None:
+        """Refuse a number of ranks that is none for it, or that a package is missing; by default nothing."""
         return None
 
     def precision(self, name: str, device: Device) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._composable_state import _module_state_mapping
 
-from cl_moe.optim import OptimizerState, state_by_name
+from cl_moe.optim import OptimizerState, clip_gradients, state_by_name
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
@@ -37,6 +37,10 @@ class InPieces(ABC):
     def memory(self, parameters: Named) -> OptimizerState:
         """What the optimizer remembers, by name, whole."""
 
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+        """Scale the gradients of all ranks so that their norm together is at most this."""
+        clip_gradients(parameters, max_norm)
+
     def gather(self) -> None:
         """Put the model together again."""
         if self.together is not None:
@@ -48,6 +52,14 @@ def gather(trainer: L.Trainer) -> None:
     """Put the model that is trained together, if it lies in pieces."""
     if isinstance(trainer.strategy, InPieces):
         trainer.strategy.gather()
+
+
+def clip(trainer: L.Trainer, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """Scale gradients so that the norm of all of them is at most this."""
+    if isinstance(trainer.strategy, InPieces):
+        trainer.strategy.clip(parameters, max_norm)
+    else:
+        clip_gradients(parameters, max_norm)
 
 
 def weights(trainer: L.Trainer, model: nn.Module) -> dict[str, Any]:

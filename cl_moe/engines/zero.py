@@ -45,7 +45,7 @@ class DeepSpeed(Engine):
         self.stage = stage
         self.offload_optimizer, self.offload_parameters = offload_optimizer, offload_parameters
 
-    def check_installed(self) -> None:
+    def check_start(self, num_ranks: int) -> None:
         """DeepSpeed is an extra."""
         if importlib.util.find_spec("deepspeed") is None:
             raise InputError(

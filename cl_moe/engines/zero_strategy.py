@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
@@ -143,6 +143,9 @@ class ZeroStrategy(DeepSpeedStrategy, InPieces):
             with self._fetched(parameter):
                 state[name] = parameter.detach().clone()
         return state
+
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+        """DeepSpeed does, as its configuration says."""
 
     def gather(self) -> None:
         """As the base class says; DeepSpeed lets go of the model."""

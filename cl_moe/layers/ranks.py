@@ -9,20 +9,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 _group: dist.ProcessGroup | None = None
+_size: int | None = None
 
 
-def use_group(group: dist.ProcessGroup | None) -> None:
+def use_group(group: dist.ProcessGroup | None, size: int | None = None) -> None:
     """Let sums go over this group; None: over the default one, as long as none was named.
 
     A run whose gradients are averaged during the backward pass (DDP) needs one for these sums alone: the two
     are then never waited for in another order on another rank.
+
+    Args:
+        group: of ranks that compute different rows of a batch.
+        size: how many these are; None: all.
     """
-    global _group
-    _group = group
+    global _group, _size
+    _group, _size = group, size
 
 
 def num_ranks() -> int:
-    """Ranks of the run; 1 without one."""
+    """Ranks of the run that compute different rows of a batch; 1 without a run of several."""
+    if _size is not None:
+        return _size
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

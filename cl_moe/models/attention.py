@@ -64,7 +64,7 @@ class Attention(nn.Module):
                 allowed="a divisor of the width",
                 key="model.num_heads",
             )
-        self.num_heads, self.causal = num_heads, causal
+        self.num_heads, self.head_width, self.causal = num_heads, width // num_heads, causal
         experts = experts or {}
         self.fused = [name for name in PROJECTIONS[:3] if name not in experts]
         self.qkv = nn.Linear(width, len(self.fused) * width, bias=False) if self.fused else None
@@ -81,22 +81,22 @@ class Attention(nn.Module):
             mask: (B, S) bool, False on padding, which nobody sees; in causal attention it stands at the end.
             cohorts: let expert layers use these cohorts only.
         """
-        batch, length, width = x_BSD.shape
-        head_width = width // self.num_heads
+        batch, length, _ = x_BSD.shape
+        split = (self.num_heads, self.head_width)
         routings: dict[str, Routing] = {}
         parts = {}
         if self.qkv is not None:
-            heads = self.qkv(x_BSD).view(batch, length, len(self.fused), self.num_heads, head_width)
+            heads = self.qkv(x_BSD).view(batch, length, len(self.fused), *split)
             parts = dict(zip(self.fused, heads.permute(2, 0, 3, 1, 4).unbind(0), strict=True))
         for name in PROJECTIONS[:3]:
             if name in self.experts:
                 out_BSD, routings[name] = self.experts[name](x_BSD, mask=mask, cohorts=cohorts)
-                parts[name] = out_BSD.view(batch, length, self.num_heads, head_width).transpose(1, 2)
+                parts[name] = out_BSD.view(batch, length, *split).transpose(1, 2)
         visible = None if self.causal else _visible(mask)
         mixed_BHSd = F.scaled_dot_product_attention(
             parts["query"], parts["key"], parts["value"], attn_mask=visible, is_causal=self.causal
         )
-        mixed_BSD = mixed_BHSd.transpose(1, 2).reshape(batch, length, width)
+        mixed_BSD = mixed_BHSd.transpose(1, 2).flatten(2)
         if self.out is not None:
             return self.out(mixed_BSD), routings
         out_BSD, routings["output"] = self.experts["output"](mixed_BSD, mask=mask, cohorts=cohorts)
