@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -23,13 +24,31 @@ from cl_moe.trainer import TrainerSpec
 
 SMALL = ("trainer.epochs=1", "stream.tune_on_first=2", "eval.samples=0", "layer=moe", "layer.hidden=16")
 GROWN = ("growth=every_experience", "growth.num_experts=4", "freeze=past_experts")
-LONG = (*SMALL, *GROWN, "tracking=none", "trainer.epochs=400", "output_dir=out", "trainer=ddp")
+LONG = (*SMALL, *GROWN, "tracking=none", "trainer.epochs=400", "output_dir=out")
+ENGINES = [
+    pytest.param("ddp", id="ddp"),
+    pytest.param("fsdp", id="fsdp"),
+    pytest.param(
+        "deepspeed",
+        id="deepspeed",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("deepspeed") is None, reason="the extra deepspeed is absent"
+        ),
+    ),
+]
 PATIENCE = 300.0
 
 
 @pytest.mark.slow
-def test_each_job_of_a_sweep_uses_as_many_processes_as_it_says(command, tmp_path):
-    ended = command("-m", "trainer=ddp", "trainer.devices=1,2", *SMALL, *GROWN)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        ENGINES[0],
+        *(pytest.param(*e.values, id=e.id, marks=[*e.marks, pytest.mark.slow]) for e in ENGINES[1:]),
+    ],
+)
+def test_each_job_of_a_sweep_uses_as_many_processes_as_it_says(command, tmp_path, engine):
+    ended = command("-m", f"trainer={engine}", "trainer.devices=1,2", *SMALL, *GROWN)
     assert ended.status == 0, ended.text
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("cl-moe")
@@ -79,8 +98,8 @@ def test_what_ends_a_rank_is_what_the_run_ended_by_though_others_stopped(tmp_pat
         ranks._value(tmp_path, spec)
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "cl_moe", *LONG, *arguments]
+def start(folder: Path, *arguments: str, engine: str = "ddp") -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "cl_moe", *LONG, f"trainer={engine}", *arguments]
     return subprocess.Popen(words, cwd=folder, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
 
@@ -111,8 +130,9 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_run_by_name(tmp_path):
-    process = start(tmp_path, "checkpoint.every_steps=5")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_rank_that_is_killed_ends_the_run_by_name(tmp_path, engine):
+    process = start(tmp_path, "checkpoint.every_steps=5", engine=engine)
     ranks = training(tmp_path)
     os.kill(ranks[1], signal.SIGKILL)
     _, said = process.communicate(timeout=PATIENCE)
@@ -124,8 +144,9 @@ def test_a_rank_that_is_killed_ends_the_run_by_name(tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_end_with_their_parent(tmp_path):
-    process = start(tmp_path, "checkpoint.every_steps=5")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ranks_end_with_their_parent(tmp_path, engine):
+    process = start(tmp_path, "checkpoint.every_steps=5", engine=engine)
     ranks = training(tmp_path)
     process.kill()
     process.communicate(timeout=PATIENCE)

@@ -24,6 +24,7 @@ FSDP_ARMS = {name: ARMS[name] for name in ("lwf", "der", "icarl", "lifelong_moe"
     "causal text, padded": TEXT,
     "hidden words at depth": ARMS["hidden words at depth"],
     "experts in attention": (*TEXT, "model.attention_slots=[value]"),
+    "looked at inside an experience": (*DIGITS, *GROWN, "eval.every=3"),
     "tables": (*DIGITS, "layer=peer", "layer.num_experts=64", "layer.k=4", *WHOLE_TABLES),
     "keys": (*DIGITS, "layer=pkm", "growth=every_experience", "growth.num_experts=16", *WHOLE_TABLES),
     "loads without a loss": (*DIGITS, *GROWN, "router.scores.bias_rate=0.01"),

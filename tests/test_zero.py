@@ -29,6 +29,7 @@ OTHERS = {
     "icarl": (2, ARMS["icarl"]),
     "causal text, padded": (3, FSDP_ARMS["causal text, padded"]),
     "hidden words at depth": (3, FSDP_ARMS["hidden words at depth"]),
+    "looked at inside an experience": (3, FSDP_ARMS["looked at inside an experience"]),
     "tables": (3, FSDP_ARMS["tables"]),
 }
 
