@@ -79,7 +79,7 @@ def optimizer_state(trainer: L.Trainer, parameters: Named) -> OptimizerState:
 class Together:
     """A model's modules, parameters and hooks as they are; parted, then put together again.
 
-    Parameters keep their identity (and their class) over it, but hold nothing meanwhile.
+    Parameters keep their identity (and their class) over it, but those replaced hold nothing meanwhile.
 
     Args:
         model: whole.
@@ -90,8 +90,8 @@ class Together:
         self.model = model
         self._modules = [(module, _Module(module)) for module in model.modules()]
         part()
-        for _, before in self._modules:
-            before.lay_down()
+        for module, before in self._modules:
+            before.lay_down(module)
 
     def again(self, values: Mapping[str, Tensor]) -> None:
         """Everything as it was, with these parameters and buffers, by name."""
@@ -110,10 +110,10 @@ class _Module:
         self.parameters = dict(module._parameters)
         self.hooks = {key: dict(held) for key, held in module.__dict__.items() if key.endswith("_hooks")}
 
-    def lay_down(self) -> None:
-        """Let go of the values: the pieces are copies."""
-        for parameter in self.parameters.values():
-            if parameter is not None:
+    def lay_down(self, module: nn.Module) -> None:
+        """Let go of the values of what was replaced: the pieces are copies."""
+        for name, parameter in self.parameters.items():
+            if parameter is not None and parameter is not module._parameters[name]:
                 parameter.data, parameter.grad = torch.empty(0, dtype=parameter.dtype), None
 
     def put_back(self, module: nn.Module) -> None:
