@@ -43,7 +43,9 @@ EVERYBODY = {
 SIBLINGS: dict[tuple[str, str], str] = {
     ("layers", "losses"): "a router returns its named auxiliary losses (law 6); their formulas are losses'",
     ("agreement", "layers"): "the group in which layers sum over ranks is opened with the others",
-    ("trainer", "engines"): "a trainer has one engine, if it trains with several processes",
+    **dict.fromkeys(
+        (("trainer", "engines"), ("lean", "engines")), "how ranks train, and hold what in pieces"
+    ),
     ("batches", "stream"): "batches are cut from what the contract of a stream holds",
     ("tracking.record", "layers"): "a record is plain data in floor 0's words: expert loads",
     ("tracking.record", "stream"): "a record is plain data in floor 0's words: kinds of stream",
@@ -56,7 +58,6 @@ SIBLINGS: dict[tuple[str, str], str] = {
     ("preflight", "cost"): "an objective may be a cost",
     ("checkpoint", "failures"): "memory that ran out while a checkpoint was read does not make it a bad one",
     ("learner", "lean"): "a learner is a LightningModule",
-    ("lean", "engines"): "what an engine has taken to pieces is asked for as a whole",
     ("__main__", "cli"): "python -m cl_moe is the command line",
     ("cli", "launch"): "the command line starts the run",
     **dict.fromkeys((("launch", n) for n in ("words", "schema", "targets")), "what is launched was checked"),

@@ -60,10 +60,12 @@ def test_layers_that_ranks_compute_together_end_as_with_one_process(composed, tm
     compare(composed, tmp_path, words, TENSOR_PARALLEL, size=size)
 
 
-def test_groups_of_ranks_are_of_one_size(command):
-    ended = command(*TENSOR_PARALLEL, "trainer.devices=3", "tracking=none")
-    assert ended.status == 2
-    assert "change: trainer.engine.tensor_parallel" in ended.text
+def test_groups_of_ranks_are_of_one_size():
+    FSDP(tensor_parallel=2).check_start(4)
+    with pytest.raises(InputError, match="change: trainer.engine.tensor_parallel"):
+        FSDP(tensor_parallel=2).check_start(3)
+    with pytest.raises(InputError, match="change: trainer.engine.tensor_parallel"):
+        FSDP(tensor_parallel=0)
 
 
 @pytest.mark.slow

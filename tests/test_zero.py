@@ -10,6 +10,7 @@ import torch
 from cl_moe.engines import DeepSpeed
 from cl_moe.errors import InputError
 from cl_moe.run import Run
+from cl_moe.trainer import TrainerSpec
 from tests import company
 from tests.test_ranks import ARMS, GROWN, WITH_ALL, compare, stop_at
 from tests.test_sharded import FSDP_ARMS
@@ -112,11 +113,10 @@ def test_a_rank_holds_its_share_while_it_trains(composed, tmp_path, stage):
     company.among(2, company.run, config, tmp_path, pieces_are_small, folder=tmp_path)
 
 
-def test_without_the_package_the_extra_is_named(command, monkeypatch):
+def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    ended = command("trainer=deepspeed", "tracking=none")
-    assert ended.status == 2
-    assert "pip install 'cl-moe[deepspeed]'" in ended.text
+    with pytest.raises(InputError, match=r"pip install 'cl-moe\[deepspeed\]'"):
+        DeepSpeed().check_start(num_ranks=2)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,6 @@ def test_what_zero_cannot_do_is_refused(options, key):
         DeepSpeed(**options)
 
 
-def test_zero_refuses_double_precision(command):
-    ended = command("trainer=deepspeed", "trainer.precision=64-true", "tracking=none")
-    assert ended.status == 2
-    assert "allowed: 32-true, bf16-mixed" in ended.text
+def test_zero_refuses_double_precision():
+    with pytest.raises(InputError, match="allowed: 32-true, bf16-mixed\n"):
+        TrainerSpec(devices=2, precision="64-true", engine=DeepSpeed())
