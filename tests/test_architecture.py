@@ -43,9 +43,7 @@ EVERYBODY = {
 SIBLINGS: dict[tuple[str, str], str] = {
     ("layers", "losses"): "a router returns its named auxiliary losses (law 6); their formulas are losses'",
     ("agreement", "layers"): "the group in which layers sum over ranks is opened with the others",
-    **dict.fromkeys(
-        (("trainer", "engines"), ("lean", "engines")), "how ranks train, and hold what in pieces"
-    ),
+    **dict.fromkeys((("trainer", "engines"), ("lean", "engines")), "how ranks train, in what pieces"),
     ("batches", "stream"): "batches are cut from what the contract of a stream holds",
     ("tracking.record", "layers"): "a record is plain data in floor 0's words: expert loads",
     ("tracking.record", "stream"): "a record is plain data in floor 0's words: kinds of stream",

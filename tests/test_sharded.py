@@ -62,9 +62,9 @@ def test_layers_that_ranks_compute_together_end_as_with_one_process(composed, tm
 
 def test_groups_of_ranks_are_of_one_size():
     FSDP(tensor_parallel=2).check_start(4)
-    with pytest.raises(InputError, match="change: trainer.engine.tensor_parallel"):
+    with pytest.raises(InputError, match=r"change: trainer\.engine\.tensor_parallel"):
         FSDP(tensor_parallel=2).check_start(3)
-    with pytest.raises(InputError, match="change: trainer.engine.tensor_parallel"):
+    with pytest.raises(InputError, match=r"change: trainer\.engine\.tensor_parallel"):
         FSDP(tensor_parallel=0)
 
 
