@@ -193,11 +193,11 @@ def write_up(named: Named, folder: Path, page: Path) -> list[Verdict]:
 def _figure(named: Named, arms: Sequence[Arm], out: Path) -> Path:
     """Where the experiment's figure is; what is drawn of derived arms is drawn now."""
     kind = named.about["Figure"]
+    real = [arm for arm in arms if all(one.name != arm.name for one in named.derived)]
     if kind == "families":
-        drawn = [found for one in named.derived if (found := family(one, arms)) is not None]
+        drawn = [found for one in named.derived if (found := family(one, real)) is not None]
         return save(families(drawn), out / "families.png")
     if kind == "learning":
-        real = [arm for arm in arms if not any(one.name == arm.name for one in named.derived)]
         curves = {arm.full or arm.name: [inside_curve(run) for run in arm.runs] for arm in real}
         return save(learning(curves), out / "learning.png")
     first = next(arm.runs[0] for arm in arms if (arm.full or arm.name) == named.claims[0].arm)
