@@ -176,7 +176,9 @@ def write_up(named: Named, folder: Path, page: Path) -> list[Verdict]:
     out = folder / named.name / "comparison"
     compare.compare(_store(folder), named.name, out=out)
     selection = read_runs(open_store(_store(folder), create=False, key="results"), named.name, None)
-    streams, _ = by_stream(selection.runs, ("arm",), False)
+    streams, notes = by_stream(selection.runs, ("arm",), False)
+    for note in (*selection.notes, *notes):  # runs that do not count: of other code, unfinished, ...
+        print(f"results: {named.name}: {note}", file=sys.stderr)
     arms = [arm for found in streams.values() for arm in found]
     main = main_metric(arms)
     arms += [derive(one, arms) for one in named.derived]
