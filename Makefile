@@ -52,7 +52,7 @@ pictures: $(STAMP) ## the README's pictures, of the runs that make demo left; ne
 	$(PY) tests/pictures.py demo
 
 results: $(STAMP) ## the experiments that claim something, resumable, into docs/RESULTS.md; ONLY=... names some
-	$(PY) benchmarks/results.py $(ONLY)
+	$(PY) benchmarks/results.py --jobs $(or $(JOBS),1) $(ONLY)
 
 bench: $(VENV)/.bench ## speed and memory, as ratios
 	$(PY) benchmarks/moe_step.py

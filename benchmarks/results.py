@@ -24,11 +24,12 @@ Runs are kept in ``results/``, with an MLflow store of their own. Finished ones 
 that were stopped go on. A section between two marks of ``docs/RESULTS.md`` is written anew; all else there
 stays as it is.
 
-    python benchmarks/results.py [NAME ...]
+    python benchmarks/results.py [--jobs N] [NAME ...]     (N runs of a sweep side by side: needs joblib)
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -111,7 +112,7 @@ def read(path: Path) -> Named | None:
     return Named(path.stem, about, derived, tuple(read_claim(text, path.name) for text in several["Claim"]))
 
 
-def commands(named: Named, folder: Path) -> list[list[str]]:
+def commands(named: Named, folder: Path, jobs: int = 1) -> list[list[str]]:
     """Arguments of ``cl-moe`` for each of the experiment's commands, kept and gone on with in ``folder``."""
     found = []
     for index, part in enumerate(named.about["Command"].split("&&")):
@@ -119,9 +120,12 @@ def commands(named: Named, folder: Path) -> list[list[str]]:
         if program != "cl-moe":
             raise InputError(got=part.strip(), allowed="cl-moe ... && cl-moe ...", key=f"{named.name}.yaml")
         place = folder / named.name / str(index)
-        kept = f"hydra.{'sweep' if '-m' in words or '--multirun' in words else 'run'}.dir={place}"
+        sweep = "-m" in words or "--multirun" in words
+        kept = [f"hydra.{'sweep' if sweep else 'run'}.dir={place}"]
+        if sweep and jobs > 1:
+            kept += ["hydra/launcher=workstation", f"hydra.launcher.n_jobs={jobs}"]
         store = [f"tracking.uri={_store(folder)}", f"mlflow_experiment={named.name}"]
-        found.append([*words, *store, kept, "auto_resume=true"])
+        found.append([*words, *store, *kept, "auto_resume=true"])
     return found
 
 
@@ -206,7 +210,7 @@ def _figure(named: Named, arms: Sequence[Arm], out: Path) -> Path:
     return [*out.rglob(f"{kind}.png"), Path(first.artifacts) / f"{kind}.png"][0]
 
 
-def main(*names: str) -> int:
+def main(*names: str, jobs: int = 1) -> int:
     """Run and write up the experiments of these names, or all that claim something."""
     files = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
     known = {one.name: one for one in map(read, files) if one is not None}
@@ -215,7 +219,7 @@ def main(*names: str) -> int:
             raise InputError(got=name, allowed=", ".join(known) or "none yet", key="results")
     folder, status = Path("results").absolute(), 0
     for name in names or known:
-        for words in commands(known[name], folder):
+        for words in commands(known[name], folder, jobs):
             print(f"results: cl-moe {shlex.join(words)}", flush=True)
             done = subprocess.run([sys.executable, "-m", "cl_moe", *words], check=False).returncode
             if done:
@@ -242,8 +246,12 @@ def _cells(arm: Arm, metrics: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Run and write up experiments that make a claim.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of conf/experiment; all that are not done")
+    parser.add_argument("--jobs", type=int, default=1, help="runs of a sweep side by side")
+    options = parser.parse_args()
     try:
-        sys.exit(main(*sys.argv[1:]))
+        sys.exit(main(*options.names, jobs=options.jobs))
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -117,6 +117,9 @@ def test_an_experiments_opening(tmp_path: Path):
     assert f"hydra.sweep.dir={tmp_path}/x/0" in sweep
     assert f"hydra.run.dir={tmp_path}/x/1" in single
     assert {"auto_resume=true", "mlflow_experiment=x"} <= {*sweep} & {*single}
+    sweep, single = results.commands(named, tmp_path, jobs=2)
+    assert {"hydra/launcher=workstation", "hydra.launcher.n_jobs=2"} <= {*sweep}
+    assert not any(word.startswith("hydra/launcher") for word in single)
     assert read(tmp_path) is None, "an experiment that claims nothing"
 
 
