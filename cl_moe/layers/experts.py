@@ -7,11 +7,13 @@ M pairs that are kept and computed (M <= P), n1 = n + 1; z no-op experts of one 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from cl_moe.layers.activity import Activity, joined, of_experts, of_units
+from cl_moe.layers.exchange import Exchange
 from cl_moe.layers.grouped import grouped_linear
 from cl_moe.layers.pairs import Pairs, pair_gather, pair_sum
 from cl_moe.layers.precision import activation_by_name, in_place, matmul_dtype, no_autocast, wide
@@ -42,9 +44,11 @@ class Cohort(nn.Module):
         num_experts: n + z, all that a router can choose: the first n ids compute.
         num_computing: n.
         num_noops: z.
+        exchange: where ranks own experts (``spread``), the way to them; None: all are here.
     """
 
     router_parts = ("key", "selection_bias")
+    exchange: Exchange | None = None
     selection_bias: Tensor | None
 
     def __init__(
@@ -185,23 +189,23 @@ class ExpertPool(nn.ModuleList):
         sizes = [cohort.num_experts for cohort in every]
         routing = _without_noops(routing, every)
         chosen = list(range(len(self)) if cohorts is None else cohorts)
-        firsts = [sum(sizes[:index]) for index in chosen]
-        if torch.compiler.is_compiling():
-            return static_pool(x_TD, routing, [every[index] for index in chosen], firsts)
-        weight_M, slots, start_N1 = _places_by_expert(routing, sum(sizes))
-        starts = [
-            start_N1[first : first + every[index].num_computing + 1]
-            for index, first in zip(chosen, firsts, strict=True)
-        ]
-        # one split, not a slice each: the gradient is put together once
-        counts = torch.stack([start_n1[-1] - start_n1[0] for start_n1 in starts]).tolist()
-        rows = pair_gather(x_TD, slots).split(counts)
-        outs = [
-            self[index](rows_mD, start_n1 - start_n1[0])
-            for index, rows_mD, start_n1 in zip(chosen, rows, starts, strict=True)
-        ]
+        firsts, used = [sum(sizes[:index]) for index in chosen], [every[index] for index in chosen]
+        exchange = every[0].exchange
+        if exchange is None and torch.compiler.is_compiling():
+            return static_pool(x_TD, routing, used, firsts)
+        if exchange is None:
+            weight_M, slots, start_N1 = _places_by_expert(routing, sum(sizes))
+            own = zip(firsts, used, strict=True)
+            starts = [start_N1[first : first + cohort.num_computing + 1] for first, cohort in own]
+            out_MD = _computed(used, pair_gather(x_TD, slots), starts)
+        else:
+            computing = [cohort.num_computing for cohort in used]
+            routing = _by_owner(routing, exchange.order(computing, x_TD.device), firsts, computing)
+            weight_M, slots, start_E1 = _places_by_expert(routing, sum(computing))
+            rows_MD = pair_gather(x_TD, slots)
+            out_MD = exchange.compute(rows_MD, start_E1.diff(), computing, partial(_computed, used))
         with no_autocast(x_TD):
-            out_MD = wide(outs[0] if len(outs) == 1 else torch.cat(outs))
+            out_MD = wide(out_MD)
             out_TD = pair_sum(weight_M.to(out_MD.dtype), out_MD, slots)
         return out_TD.to(x_TD.dtype)
 
@@ -218,6 +222,23 @@ class ExpertPool(nn.ModuleList):
             parts.append(of_experts(cohort.hidden_units(rows_mD, start_n1), start_n1))
             first += cohort.num_experts
         return joined(parts)
+
+
+def _computed(cohorts: Sequence[Cohort], rows_MD: Tensor, starts: Sequence[Tensor]) -> Tensor:
+    """(M, D): the experts' outputs for rows sorted by cohort and expert; ``starts``: (n + 1,) for each."""
+    # one split, not a slice each: the gradient is put together once
+    counts = torch.stack([start_n1[-1] - start_n1[0] for start_n1 in starts]).tolist()
+    parts = zip(cohorts, rows_MD.split(counts), starts, strict=True)
+    outs = [cohort(rows_mD, start_n1 - start_n1[0]) for cohort, rows_mD, start_n1 in parts]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _by_owner(routing: Routing, place_E: Tensor, firsts: Sequence[int], sizes: Sequence[int]) -> Routing:
+    """The routing with the places of experts among those in use (``Exchange.order``) for their ids."""
+    place_N = place_E.new_zeros(routing.num_experts)  # of others there is no kept pair
+    for first, size, place_n in zip(firsts, sizes, place_E.split(list(sizes)), strict=True):
+        place_N[first : first + size] = place_n
+    return routing._replace(expert=place_N[routing.expert])
 
 
 def _without_noops(routing: Routing, cohorts: Sequence[Cohort]) -> Routing:

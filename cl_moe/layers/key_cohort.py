@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from cl_moe.layers.exchange import Exchange
 from cl_moe.layers.expert_layer import most_used, noisy_copy
 from cl_moe.layers.product_keys import shell_coordinates, shell_index
 from cl_moe.layers.queries import Queries, QueryNorm, add_query_net
@@ -34,6 +35,8 @@ class KeyCohort(nn.Module):
     """
 
     router_parts = ("keys", "query", "query_norm")
+    exchange: Exchange | None = None
+    """Where ranks own experts (``spread``), the way to them; None: all are here."""
     query: nn.Linear
     query_norm: QueryNorm | None
 

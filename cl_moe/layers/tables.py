@@ -23,20 +23,22 @@ class ExpertTable(nn.Parameter):
 
     Attributes:
         by_rows: whether its gradient is to be one of rows.
+        exchanged: whether ranks hand each other such gradients, or a rank has this part of a table to itself.
     """
 
     by_rows: bool
+    exchanged: bool
 
     def __new__(cls, data: Tensor, requires_grad: bool = True) -> ExpertTable:
         """As a plain parameter, with dense gradients."""
         table = super().__new__(cls, data, requires_grad)
-        table.by_rows = False
+        table.by_rows = table.exchanged = False
         return table
 
 
 def wants_rows(table: Tensor) -> bool:
-    """Whether a backward pass shall leave a gradient of rows for it; ranks average whole ones."""
-    return isinstance(table, ExpertTable) and table.by_rows and num_ranks() == 1
+    """Whether a backward pass shall leave a gradient of rows for it; DDP averages whole ones."""
+    return isinstance(table, ExpertTable) and table.by_rows and (table.exchanged or num_ranks() == 1)
 
 
 def sparse_rows(row_U: Tensor, value_UD: Tensor, num_rows: int) -> Tensor:

@@ -6,7 +6,7 @@ Legend: T tokens, D width, K choices per token, P pairs of one cohort, n experts
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from cl_moe.layers.pair_ops import own_pairs, table_dot, table_sum
 from cl_moe.layers.pairs import Pairs, pair_dot, pair_sum, regular_pairs
 from cl_moe.layers.precision import wide
 from cl_moe.layers.routing import Routing
+from cl_moe.layers.tables import wants_rows
 
 Dot = Callable[[str], Tensor]
 Coefficients = Callable[[Dot, Tensor], Tensor]
@@ -86,11 +87,27 @@ def expert_activity(
 
 def _part_sum(x_TD: Tensor, routing: Routing, part: Part, coefficients: Coefficients) -> Tensor:
     pairs, weight_P = _pairs_of(part, routing)
+    table, pairs = _read(part.cohort, pairs)
 
     def dot(name: str) -> Tensor:
-        return pair_dot(x_TD, wide(getattr(part.cohort, name)), pairs)
+        return pair_dot(x_TD, table(name), pairs)
 
-    return pair_sum(coefficients(dot, weight_P), wide(cast(Tensor, part.cohort.v)), pairs)
+    return pair_sum(coefficients(dot, weight_P), table("v"), pairs)
+
+
+def _read(cohort: KeyCohort, pairs: Pairs) -> tuple[Callable[[str], Tensor], Pairs]:
+    """A cohort's tables by name; where ranks own rows, those that are read, and tokens' pairs with these."""
+    if (exchange := cohort.exchange) is None:
+        return lambda name: wide(getattr(cohort, name)), pairs
+    row_U, place_P = pairs.column_P.unique(return_inverse=True)
+    asked = exchange.ask(row_U, cohort.num_experts)
+    most = int(pairs.start_R1.diff().max()) if pairs.num_rows else 0
+
+    def read(name: str) -> Tensor:
+        own = getattr(cohort, name)
+        return wide(asked.rows(own, wants_rows(own)))
+
+    return read, Pairs(pairs.start_R1, place_P, row_U.numel(), max_per_row=most)
 
 
 def _pairs_of(part: Part, routing: Routing) -> tuple[Pairs, Tensor]:
