@@ -26,6 +26,11 @@ def use_group(group: dist.ProcessGroup | None, size: int | None = None) -> None:
     _group, _size = group, size
 
 
+def group() -> dist.ProcessGroup | None:
+    """The group of layers' own; None: the default one."""
+    return _group
+
+
 def num_ranks() -> int:
     """Ranks of the run that compute different rows of a batch; 1 without a run of several."""
     if _size is not None:

@@ -2,6 +2,7 @@
 
 from cl_moe.optim.by_rows import ROW_POLICIES, ByRows
 from cl_moe.optim.clipping import clip_gradients
+from cl_moe.optim.row_exchange import exchange_rows
 from cl_moe.optim.specs import SGD, Adagrad, AdamW, OptimizerSpec
 from cl_moe.optim.state import Named, OptimizerState, load_state_by_name, state_by_name
 
@@ -15,6 +16,7 @@ __all__ = [
     "OptimizerSpec",
     "OptimizerState",
     "clip_gradients",
+    "exchange_rows",
     "load_state_by_name",
     "state_by_name",
 ]

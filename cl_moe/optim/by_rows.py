@@ -57,7 +57,7 @@ class ByRows(torch.optim.Optimizer):
         if whole is not None:
             self.state = whole.state
         for table in tables:
-            table.by_rows = rows != "dense"
+            table.by_rows, table.exchanged = rows != "dense", rows == "row"
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
