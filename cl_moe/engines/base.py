@@ -24,9 +24,11 @@ class Engine(ABC):
         held: strategies against forgetting that were held against one process under it; others are refused
             until they are.
         precisions: numbers that it computes in.
+        rows: ways in which tables of experts may learn.
     """
 
     held: tuple[str, ...]
+    rows: tuple[str, ...] = ("auto", "dense")
     precisions: tuple[str, ...] = ("32-true", "bf16-mixed", "64-true")
 
     @abstractmethod
@@ -63,8 +65,9 @@ class Engine(ABC):
         if others := sorted(set(strategies) - set(self.held)):
             names = ", ".join(self.held)
             raise InputError(got=f"strategy={others[0]}", allowed=names, key=f"strategy {one}")
-        if rows == "row":  # gradients of rows are not exchanged yet; auto is dense among ranks
-            raise InputError(got="optimizer.rows=row", allowed="dense or auto", key=f"optimizer.rows {one}")
+        if rows not in self.rows:  # auto is dense among ranks
+            allowed = " or ".join(self.rows)
+            raise InputError(got=f"optimizer.rows={rows}", allowed=allowed, key=f"optimizer.rows {one}")
         if open_stream:
             raise InputError(got="an open stream", allowed="one that is whole", key=f"stream {one}")
         if flops is not None:

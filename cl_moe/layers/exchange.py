@@ -182,6 +182,7 @@ def spread(layer: nn.Module, exchange: Exchange) -> None:
             whole = cohort.get_parameter(name)
             own = exchange.own(len(whole))
             part = type(whole)(whole.detach()[own.start : own.stop].clone(), whole.requires_grad)
+            part.own, part.num_whole = own, len(whole)
             if isinstance(whole, ExpertTable):
                 part.by_rows, part.exchanged = whole.by_rows, True
             setattr(cohort, name, part)

@@ -48,6 +48,9 @@ def _own(value: Any, parameter: nn.Parameter) -> Any:
     """A copy; of a parameter that lies in pieces on several ranks, this rank's piece of it."""
     if not isinstance(value, Tensor):
         return value
+    own: range | None = getattr(parameter, "own", None)  # experts of which ranks hold their own
+    if own is not None and value.shape[:1] == (parameter.num_whole,):  # type: ignore[attr-defined]
+        return value[own.start : own.stop].clone()
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value.clone()
     places = parameter.device_mesh, parameter.placements
