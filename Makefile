@@ -61,6 +61,7 @@ bench: $(VENV)/.bench ## speed and memory, as ratios
 	$(PY) benchmarks/peer_step.py
 	$(PY) benchmarks/peer_cohorts.py
 	$(PY) benchmarks/rank_memory.py
+	$(PY) benchmarks/wire.py
 
 gpu-check: $(VENV)/.bench ## layers, benches and short experiments in bfloat16 on a CUDA device, where there is one
 	$(PY) benchmarks/gpu_check.py

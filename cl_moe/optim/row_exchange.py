@@ -21,8 +21,9 @@ _WHOLE = -1
 def exchange_rows(tables: Sequence[ExpertTable]) -> int:
     """Give every rank the ranks' average of the gradients of these tables; returns the bytes that it sent.
 
-    What all ranks touched is added up rank by rank, so that every rank gets the same bits. A table of which
-    some rank has a gradient of every row is averaged as a whole. Nobody's gradient stays none.
+    Every rank hands its rows to every other, and adds up what it gets rank by rank, so that all get the same
+    bits; where so many rows were touched that a sum over whole tables sends less, that is taken. A table of
+    which some rank has a dense gradient is averaged as a whole. Nobody's gradient stays none.
 
     Args:
         tables: the same on every rank, in the same order.
@@ -47,11 +48,28 @@ def exchange_rows(tables: Sequence[ExpertTable]) -> int:
         elif most := max(size_W):
             empty = torch.empty(0, dtype=torch.long, device=device), table.new_empty(0, table.shape[1])
             row_U, value_UD = rows or empty
-            sent += others * most * (row_U.element_size() + table.shape[1] * table.element_size())
-            row_E = _joined(row_U, size_W)
-            row_U, value_UD = summed_rows(row_E, _joined(value_UD, size_W))
-            table.grad = sparse_rows(row_U, value_UD / ranks.num_ranks(), len(table))
+            handed = others * most * (row_U.element_size() + table.shape[1] * table.element_size())
+            ring = 2 * others * (table.nbytes + len(table)) // ranks.num_ranks()
+            summed = _by_hand(row_U, value_UD, size_W) if handed <= ring else _by_ring(row_U, value_UD, table)
+            sent += min(handed, ring)
+            table.grad = sparse_rows(summed[0], summed[1] / ranks.num_ranks(), len(table))
     return sent
+
+
+def _by_hand(row_U: Tensor, value_UD: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The rows of all ranks and their sums: every rank gets every other's."""
+    return summed_rows(_joined(row_U, sizes), _joined(value_UD, sizes))
+
+
+def _by_ring(row_U: Tensor, value_UD: Tensor, table_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by two sums over ranks, of all rows and of who was touched: cheaper where most are."""
+    sum_ND = torch.zeros_like(table_ND).index_copy_(0, row_U, value_UD)
+    touched_N = torch.zeros(len(table_ND), dtype=torch.uint8, device=row_U.device)
+    touched_N[row_U] = 1
+    dist.all_reduce(sum_ND, group=ranks.group())
+    dist.all_reduce(touched_N, dist.ReduceOp.MAX, group=ranks.group())
+    row_U = touched_N.nonzero().squeeze(1)
+    return row_U, sum_ND[row_U]
 
 
 def _joined(mine_UX: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -18,6 +18,7 @@ TOUCHED = {  # of each table, by rank: rows; None: no gradient; "all": of every 
     "one rank has no row": [[], [2, 3]],
     "nobody has one": [None, None],
     "one rank looks at all": [[4], "all"],
+    "most rows": [list(range(30)), list(range(20, 39))],
 }
 
 
@@ -47,8 +48,9 @@ def test_every_rank_gets_the_average_of_all_and_sends_what_it_touched(tmp_path):
     company.among(2, exchange, tmp_path, folder=tmp_path)
     first, second = company.results(tmp_path, 2)
     assert first["sent"] == second["sent"]
-    # counts; the most rows of any rank, ids and values; one table as a whole
-    assert first["sent"] == 8 * len(TOUCHED) + (3 + 1 + 2) * (8 + 4 * DIM) + 2 * 4 * DIM * NUM // 2
+    # counts; the most rows of any rank, ids and values; in a ring one table, and one with who was touched
+    by_hand = (3 + 1 + 2) * (8 + 4 * DIM)
+    assert first["sent"] == 8 * len(TOUCHED) + by_hand + 4 * DIM * NUM + (4 * DIM + 1) * NUM
     for number, (name, pair) in enumerate(
         zip(TOUCHED, zip(tables_of(0), tables_of(1), strict=True), strict=True)
     ):
