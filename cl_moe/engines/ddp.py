@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, Literal, cast, get_args
 
@@ -162,7 +162,7 @@ class _Apart:
                 own.register_hook(lambda grad: grad / exchange.size)
             whole.data, whole.grad = whole.data.new_empty(0), None
 
-    def again(self, values: dict[str, Tensor]) -> None:
+    def again(self, values: Mapping[str, Tensor]) -> None:
         """Everything as it was, with these values."""
         for name, cohort, last, whole in self.whole:
             cohort.exchange = None

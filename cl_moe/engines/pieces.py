@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L  # noqa: N812
 import torch
@@ -20,13 +20,20 @@ from cl_moe.optim import OptimizerState, clip_gradients, state_by_name
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
+class Parted(Protocol):
+    """A model in pieces that knows how it was."""
+
+    def again(self, values: Mapping[str, Tensor]) -> None:
+        """Everything as it was, with these parameters and buffers, by name."""
+
+
 class InPieces(ABC):
     """Lightning's part of an engine that takes models to pieces.
 
     Every rank must call these functions equally often and in the same order.
     """
 
-    together: Together | None = None
+    together: Parted | None = None
     """The model as it was, as long as it lies in pieces."""
 
     @abstractmethod
