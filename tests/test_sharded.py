@@ -176,5 +176,9 @@ def test_what_was_taken_to_pieces_is_put_together_as_it_was():
 def test_strategies_that_were_not_tried_under_an_engine_are_refused(engine, strategy):
     with pytest.raises(InputError, match=f"strategy={strategy}"):
         engine().check(nn.Linear(1, 1), ["naive", strategy], "auto", False, None)
+
+
+def test_gradients_of_rows_are_refused_where_tables_lie_in_pieces():
     with pytest.raises(InputError, match="rows=row"):
-        engine().check(nn.Linear(1, 1), ["naive"], "row", False, None)
+        FSDP().check(nn.Linear(1, 1), ["naive"], "row", False, None)
+    DDP().check(nn.Linear(1, 1), ["naive"], "row", False, None)
