@@ -142,7 +142,7 @@ def build(
         | (distilling.tags(teacher, config) if teacher else {})
         | reproducing.tags(original),
     )
-    run.tags = {**run.tags, "data_checksum": data_checksum(run.fingerprint["stream"])}
+    run.tags = {**run.tags, "data_checksum": data_checksum(run.fingerprint)}
     run.measuring.matrix = branching.cumulative_matrix(config, run.fingerprint["stream"])
     if agreement.is_first():
         stored.store_config(config, folder)  # last: what was refused leaves nothing behind

@@ -37,7 +37,7 @@ def write_start(run: Run) -> None:
     if not (run.folder / provenance.ENVIRONMENT).exists():
         provenance.write_environment(run.folder / provenance.ENVIRONMENT)
     if not (run.folder / provenance.DATA).exists():
-        provenance.write_data(run.fingerprint["stream"], run.folder / provenance.DATA)
+        provenance.write_data(run.fingerprint, run.folder / provenance.DATA)
 
 
 def tell_start(tracker: Tracker, folder: Path, anew: bool) -> None:
@@ -58,7 +58,7 @@ def tell_start(tracker: Tracker, folder: Path, anew: bool) -> None:
 
 def tell_arrived(run: Run) -> None:
     """Note what a stream has that it had not when the run was here last: the checksums of its data."""
-    path, checksums = run.folder / provenance.DATA, run.fingerprint["stream"]
+    path, checksums = run.folder / provenance.DATA, run.fingerprint
     if run.stream.open and path.read_text("utf-8") != provenance.data_text(checksums):
         run.tracker.artifact(provenance.write_data(checksums, path))
         run.tracker.tag("data_checksum", provenance.data_checksum(checksums))

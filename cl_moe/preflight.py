@@ -30,6 +30,13 @@ _LATER = ("cost/tokens_per_second", "cost/inference_flops_per_token")
 """Costs that are defined once something was trained and measured."""
 
 
+_PARTS = {
+    "stream": "another stream, or of other data",
+    "held_out": "other held-out texts",
+    "model": "another model",
+}
+
+
 def training_view(stream: Stream, strategies: Mapping[str, Strategy]) -> Stream:
     """The stream as the strategies let training see it; at most one of them may change it."""
     changing = only_one(strategies, "view", "each decides which data is trained on")
@@ -170,7 +177,11 @@ def fingerprint(stream: Stream, learner: Learner) -> dict[str, object]:
         for e in stream
     ]
     data = [[e.name, *own, *map(sums, e.test.tensors)] for e, own in zip(stream, train, strict=True)]
-    return {"stream": [stream.name, *data], "model": shapes}
+    texts = [
+        [h.name, *(sums(t) for part in (h.text, h.passages) if part for t in part.tensors)]
+        for h in stream.held_out
+    ]
+    return {"stream": [stream.name, *data], "held_out": texts, "model": shapes}
 
 
 def _longer(then: Sequence[Any], now: Sequence[Any]) -> Sequence[Any]:
@@ -210,7 +221,8 @@ def why_not(
     theirs = dict(state.get("fingerprint", {}))
     if open_stream and theirs.get("stream"):
         theirs["stream"] = _longer(theirs["stream"], fingerprint["stream"])
-    for part, what in (("stream", "another stream, or of other data"), ("model", "another model")):
-        if theirs.get(part) != fingerprint[part] and not (part == "model" and other_model):
+    known = {"held_out": fingerprint["held_out"], **theirs}  # older checkpoints do not tell these
+    for part, what in _PARTS.items():
+        if known.get(part) != fingerprint[part] and not (part == "model" and other_model):
             return f"is of {what}"
     return None

@@ -74,7 +74,7 @@ def differences(original: Original, config: DictConfig, run: Run) -> list[str]:
         *_of_config(original, config),
         *_of_environment(original.texts.get(ENVIRONMENT)),
         *_of_code(original.texts.get(DIFF, "")),
-        *_of_data(original.texts.get(DATA), run.fingerprint["stream"]),
+        *_of_data(original.texts.get(DATA), run.fingerprint),
     ]
 
 
@@ -152,15 +152,18 @@ def _of_code(old: str) -> Iterator[str]:
         yield f"the checkout's uncommitted changes are others than those in its {DIFF}"
 
 
-def _of_data(text: str | None, checksums: object) -> Iterator[str]:
-    assert isinstance(checksums, list)
+def _of_data(text: str | None, fingerprint: Mapping[str, Any]) -> Iterator[str]:
     try:
         old = json.loads(text or "")
         before = {str(name): sums for name, *sums in old["experiences"]}
+        texts = {str(name): sums for name, *sums in old.get("held_out", ())}
     except (ValueError, LookupError, TypeError):
         yield "checksums of its data are not known"
         return
-    for name, *sums in checksums[1:]:
+    for name, *sums in fingerprint["held_out"]:
+        if texts.get(name, sums) != sums:
+            yield f"the held-out text {name} is another"
+    for name, *sums in fingerprint["stream"][1:]:
         if before.pop(name, None) != sums:
             yield f"data of the experience {name} are others"
     yield from (f"data of the experience {name} are not there" for name in before)

@@ -91,7 +91,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.growth.check(self.stream.horizon)
-        check_growth(self.learner.model, self.growth, self.stream.horizon)
+        check_growth(self.learner.model, self.growth, self.stream.horizon, self.stream.classes_by_then)
         preflight.check_fit(self.stream, self.learner.model, self.spec.epochs, self.learner.strategies)
         preflight.check_objective(self.objective, self.stream, self.learner, self.measuring)
         self.training_stream = preflight.training_view(self.stream, self.learner.strategies)

@@ -211,6 +211,16 @@ class Stream(Sequence[Experience]):
         return tuple(groups)
 
     @property
+    def classes_by_then(self) -> tuple[int, ...]:
+        """For each experience, how many classes have rows of the head while it is learnt."""
+        seen = {label for group in self.classes_at_start for label in group}
+        counts = []
+        for experience in self.experiences:
+            seen.update(experience.classes)
+            counts.append(len(seen))
+        return tuple(counts)
+
+    @property
     def horizon(self) -> int:
         """So many experiences a plan may look ahead: all there are, or 100 where more may arrive."""
         return max(100, len(self)) if self.open else len(self)

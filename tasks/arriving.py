@@ -18,7 +18,7 @@ from tasks.held_out import Options, held_out_texts
 from tasks.labelled import check_classes, known_scenario
 from tasks.shapes import Shape
 from tasks.tables import Columns, Source, Split
-from tasks.tokens import BytePairs, Bytes, check_tokenizer, padded, tokenizer_of, windows
+from tasks.tokens import BytePairs, Bytes, check_tokenizer, encoded_rows, padded, tokenizer_of, windows
 
 _OF_EACH = ("validation", "label_noise", "online")
 """Shapes of time that look at one experience alone."""
@@ -73,7 +73,7 @@ def arriving(
     paths = _found(files)
     seed, key = whole(data_seed, "seed.data"), "stream.files"
     sides = [Source(str(path), test_share=test_share).splits(meaning, seed) for path in paths]
-    tokens = tokenizer_of(size, sides[0][0].texts if meaning.label else ["".join(sides[0][0].texts)])
+    tokens = tokenizer_of(size, sides[0][0].texts)
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
         raise InputError(got=f"files of one name: {', '.join(names)}", allowed="different names", key=key)
@@ -135,7 +135,7 @@ def _check_shape(shape: Mapping[str, object] | None) -> None:
 
 
 def _windows(side: Split, tokens: Bytes | BytePairs, context: int) -> TensorDataset:
-    encoded = tokens.encode("".join(side.texts).encode())
+    encoded = encoded_rows(side.texts, tokens)
     if len(encoded) < 2:
         raise InputError(
             got=f"{len(encoded)} tokens on one side of {side.what}",

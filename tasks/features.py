@@ -73,6 +73,16 @@ def standardized(experiences: Sequence[Experience]) -> tuple[Experience, ...]:
     return tuple(replace(e, train=changed(e.train), test=changed(e.test)) for e in experiences)
 
 
+def check_number(value: object, where: str, name: str, key: str) -> None:
+    """Refuse what is no finite number.
+
+    Raises:
+        InputError: it is none; ``where`` and the column ``name`` say which.
+    """
+    if not _is_number(value):
+        raise InputError(got=f"{where}: {value!r} in {name!r}", allowed="numbers", key=key)
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 

@@ -120,29 +120,30 @@ def from_files(paths: Sequence[Path], key: str) -> Any:
 
 
 def stream_files(paths: Sequence[Path], key: str) -> Callable[[], Any]:
-    """What opens local files of one format as an iterable data set, row by row in their order.
+    """What opens local files of one format, or a folder of images, as an iterable data set, row by row.
 
     Raises:
-        InputError: several formats, or one that is not streamed.
+        InputError: several formats, or several folders.
     """
     import datasets
 
     kinds = {_format(path, key) for path in paths}
-    if len(kinds) != 1 or kinds & {"imagefolder"}:
+    if len(kinds) != 1 or (kinds == {"imagefolder"} and len(paths) > 1):
         raise InputError(
             got=f"{_shown(paths)} to be streamed",
-            allowed="files of one format: parquet, csv, json, text or arrow; or stream.streaming=false",
+            allowed="files of one format (parquet, csv, json, text or arrow), or one folder of images",
             key=key,
         )
     options: dict[str, Any] = {"sep": "\t"} if paths[0].suffix == ".tsv" else {}
     (kind,) = kinds
     if kind == "text":
         options["keep_linebreaks"] = True
-    names = [str(path) for path in paths]
+    names = [str(path.absolute()) for path in paths]
+    where: dict[str, Any] = {"data_dir": names[0]} if kind == "imagefolder" else {"data_files": names}
 
     def opened() -> Any:
         try:
-            return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **options)
+            return datasets.load_dataset(kind, **where, split="train", streaming=True, **options)
         except Exception as error:  # each format's reader has its own family of errors
             got = f"{_shown(paths)}, which cannot be read as {kind}: {_first_line(error.__cause__ or error)}"
             raise InputError(got=got, allowed=f"a readable {kind} file with UTF-8 text", key=key) from error
@@ -188,22 +189,17 @@ def pixels_of(table: Any, column: str, what: str, key: str) -> Tensor:
     Raises:
         InputError: no such column, an image that cannot be decoded (its row is named), or of another size.
     """
-    import numpy as np
-
     _feature(table, column, what, key)
     rows: list[Tensor] = []
     for row in range(len(table)):
         try:
-            picture = table[row][column]
-            wanted = "L" if picture.mode in ("1", "L", "I", "I;16", "LA") else "RGB"
-            pixels = torch.from_numpy(np.array(picture.convert(wanted)))
+            rows.append(as_bytes(table[row][column]))
         except Exception as error:  # a decoder may fail in any way
             raise InputError(
                 got=f"{what}: the image in row {row} of {column!r} cannot be decoded: {_first_line(error)}",
                 allowed="readable images",
                 key=key,
             ) from error
-        rows.append(pixels if pixels.dim() == 2 else pixels.permute(2, 0, 1))
         if rows[-1].shape != rows[0].shape:
             raise InputError(
                 got=f"{what}: an image of shape {tuple(rows[-1].shape)} in row {row}, the first is "
@@ -212,6 +208,15 @@ def pixels_of(table: Any, column: str, what: str, key: str) -> Tensor:
                 key=key,
             )
     return torch.stack(rows).to(torch.float32) / 255
+
+
+def as_bytes(picture: Any) -> Tensor:
+    """A decoded image: (H, W) uint8, or (3, H, W) in colour."""
+    import numpy as np
+
+    wanted = "L" if picture.mode in ("1", "L", "I", "I;16", "LA") else "RGB"
+    pixels = torch.from_numpy(np.array(picture.convert(wanted)))
+    return pixels if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
 def labelled_images(

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from torch import Tensor
-from torch.utils.data import TensorDataset
-
-from cl_moe.errors import InputError
 from cl_moe.stream import Experience, Scenario, Stream
 from tasks.arrange import arrange, finish, whole
+from tasks.changing import changed, check_no_count, ways_of_a_whole
 from tasks.images import images
 from tasks.labelled import Labelled, by_classes, group_size, known_scenario
 from tasks.transforms import Transform
@@ -41,8 +38,8 @@ def image_stream(
             in every experience, which takes a transformation, and ``domain``.
         transform: see ``tasks.transforms.Transform``; beside groups, group i is seen in the i-th way. Null:
             images as they are.
-        num_experiences: how many ways a transformation has that does not list them (``permuted``; null: 5);
-            null for others, and beside groups.
+        num_experiences: how many ways a transformation has that does not list them (``permuted``, colours by
+            class; null: 5); null for others, and beside groups.
         order: in order of arrival, a permutation: of the classes' numbers, or of the ways' numbers.
         seed: draws that order; null and no ``order``: 0, 1, 2, ..
         cut: how many shorter experiences each is cut into.
@@ -59,19 +56,19 @@ def image_stream(
     whole(data_seed, "seed.data")
     data = images(dataset)
     if classes_per_experience is None:
-        ways = arrange(range(_num_ways(change, setting, num_experiences)), order, seed)
+        allowed = "a transformation, and scenario domain: every experience has the same classes"
+        ways = arrange(range(ways_of_a_whole(change, setting, num_experiences, allowed)), order, seed)
         everything = Experience(0, "", data.train, data.test, tuple(range(len(data.classes))))
         experiences = tuple(replace(everything, index=index) for index in range(len(ways)))
     else:
+        check_no_count(num_experiences, "groups of classes")
         experiences = _groups(data, dataset, setting, classes_per_experience, order, seed)
-        ways = _ways_of_groups(change, len(experiences), num_experiences)
-    if change is not None:
-        pairs = zip(experiences, ways, strict=True)
-        experiences = tuple(_changed(experience, change, way, data_seed) for experience, way in pairs)
+        ways = list(range(len(experiences)))
     kind = change.kind if change is not None and classes_per_experience is None else "split"
     count = len(experiences[0].classes) if setting == "domain" else len(data.classes)
     stream = Stream(f"{kind}_{dataset}", "classification", setting, experiences, count, data.input_shape)
-    return finish(replace(stream, head=head), tune_on_first, cut, data_seed, shape)
+    stream = replace(changed(stream, change, ways, data_seed), head=head)
+    return finish(stream, tune_on_first, cut, data_seed, shape)
 
 
 def _groups(
@@ -82,52 +79,3 @@ def _groups(
     groups = [classes[start : start + size] for start in range(0, len(classes), size)]
     names = [f"{dataset} {'-'.join(map(str, group))}" for group in groups]
     return by_classes(data, groups, scenario, names)
-
-
-def _num_ways(change: Transform | None, scenario: Scenario, count: int | None) -> int:
-    """Experiences with all classes each."""
-    if change is None or scenario != "domain":
-        raise InputError(
-            got=f"all classes in every experience, {'no' if change is None else 'a'} transformation, "
-            f"scenario {scenario!r}",
-            allowed="a transformation, and scenario domain: every experience has the same classes",
-            key="stream.scenario, stream.transform or stream.classes_per_experience",
-        )
-    if change.ways is None:
-        return 5 if count is None else whole(count, "stream.num_experiences", 1)
-    _check_no_count(count, "a transformation that lists its ways")
-    return len(change.ways)
-
-
-def _ways_of_groups(change: Transform | None, groups: int, count: int | None) -> list[int]:
-    """Group i is seen in the i-th way."""
-    _check_no_count(count, "groups of classes")
-    if change is not None and change.ways is not None and len(change.ways) < groups:
-        raise InputError(
-            got=f"{len(change.ways)} ways to change the images of {groups} experiences",
-            allowed="a way for each experience",
-            key="stream.transform",
-        )
-    return list(range(groups))
-
-
-def _check_no_count(count: int | None, beside: str) -> None:
-    if count is not None:
-        raise InputError(got=f"{count!r} beside {beside}", allowed="null", key="stream.num_experiences")
-
-
-def _changed(experience: Experience, change: Transform, way: int, seed: int) -> Experience:
-    """An experience with tensors of its own."""
-    train, test = (
-        TensorDataset(_apply(change, data.tensors[0], way, seed, part), data.tensors[1].clone())
-        for part, data in (("train", experience.train), ("test", experience.test))
-    )
-    name = ", ".join(word for word in (experience.name, change.name(way)) if word)
-    return replace(experience, name=name, train=train, test=test)
-
-
-def _apply(change: Transform, inputs: Tensor, way: int, seed: int, part: str) -> Tensor:
-    """Images of any shape as (N, H, W), changed, and back; a flat input is a square."""
-    side = round(inputs[0].numel() ** 0.5)
-    images_NHW = inputs.view(-1, side, side) if inputs.dim() == 2 else inputs
-    return change(images_NHW, way, seed, part).reshape(inputs.shape)

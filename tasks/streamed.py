@@ -1,4 +1,4 @@
-"""A stream of texts of any size: training data are read while they are learnt, test data are held."""
+"""A stream of any size: training data are read while they are learnt, test data are held."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from cl_moe.stream import Experience, Scenario, Stream, Streamed
 from tasks import hub
 from tasks.held_out import Options, held_out_texts
 from tasks.labelled import check_classes, group_size
+from tasks.streamed_inputs import Features, Inputs, Pictures, Texts
 from tasks.streaming import KEY, Part, Row, Table
-from tasks.tables import TESTS, Columns, Source, files_of
-from tasks.tokens import BytePairs, Bytes, padded, tokenizer_of, windows
+from tasks.tables import TESTS, Columns, Source, files_of, no_such_source
+from tasks.tokens import BytePairs, Bytes, encoded_rows, tokenizer_of, windows
 
 Tokens = Bytes | BytePairs
 
@@ -39,11 +40,11 @@ def streamed(
     arrange_names: Callable[[Sequence[str]], list[str]],
     held_out: Options = None,
 ) -> Stream:
-    """The stream that ``tasks.hf`` builds of the same texts, its training data read block by block.
+    """The stream that ``tasks.hf`` builds of the same rows, its training data read block by block.
 
     Args:
         source: hub name or files; its test data are another split or file, or told by a column.
-        columns: the input is a column of texts.
+        columns: the input is a column of texts or of images, or columns of numbers and categories.
         scenario: as in ``tasks.hf``.
         per: classes per experience; None: a domain per experience, or all in one.
         how: tokens, and rows per block.
@@ -54,22 +55,22 @@ def streamed(
         InputError: what cannot be streamed, or read.
     """
     train, test = _tables(source, columns)
-    names = _names(train, "label" if per is not None else "domain")
+    labels, domains = _names(train)
+    names = labels if per is not None else domains
     arriving = arrange_names(names)
     size = 1 if per is None else group_size(per, len(names), scenario)
     groups = [arriving[start : start + size] for start in range(0, len(arriving), size)]
     place = _place_of(groups, "label" if per is not None else "domain")
-    first = (row.text for row in train.rows() if place(row) == 0)
-    tokens = tokenizer_of(how.vocab_size, first)
-    classes = (names if per is not None else _names(train, "label")) if columns.label else []
+    inputs, tokens = _inputs(train, how, place)
+    classes = labels if columns.label else []
     numbers = [_numbers(classes, group, per, scenario) for group in groups]
     parts = [
-        Part(train, partial(_is_of, place, index), tokens, how.context, how.block, number, how.truncate)
+        Part(train, partial(_is_of, place, index), inputs, how.block, number, index == 0)
         for index, number in enumerate(numbers)
     ]
     for row in train.rows():
         parts[place(row)].count(row)
-    tests = _tests(test, parts, place, how)
+    tests = _tests(test, parts, place)
     experiences = [
         _experience(index, "-".join(group), part, held, scenario)
         for index, (group, part, held) in enumerate(zip(groups, parts, tests, strict=True))
@@ -83,20 +84,33 @@ def streamed(
         scenario=scenario,
         experiences=tuple(experiences),
         num_classes=whole or tokens.num_tokens,
-        input_shape=(how.context,),
+        input_shape=inputs.shape,
         vocabulary=tokens.vocabulary,
         held_out=held_out_texts(held_out, tokens, how.context),
     )
 
 
+def _inputs(train: Table, how: How, place: Callable[[Row], int]) -> tuple[Inputs, Tokens]:
+    """What makes tensors of the rows; and the tokens, which only texts have."""
+    columns = train.columns
+    images, listed = train.of_images, not isinstance(columns.input, str)
+    if columns.label is None and (images or listed):
+        raise InputError(
+            got=f"no column of labels beside {'images' if images else 'numbers'}",
+            allowed="a column of labels; or a column of texts, for a language model",
+            key="stream.columns.label",
+        )
+    if images:
+        return Pictures(), Bytes()
+    if listed:
+        return Features(list(columns.input), columns.standardize), Bytes()
+    first = (row.value for row in train.rows() if place(row) == 0)
+    tokens = tokenizer_of(how.vocab_size, first)
+    return Texts(tokens, how.context, how.truncate), tokens
+
+
 def _tables(source: Source, columns: Columns) -> tuple[Table, Table]:
     """Training and test rows."""
-    if not isinstance(columns.input, str):
-        raise InputError(
-            got=f"columns {list(columns.input)} to be streamed",
-            allowed="a column of texts, or stream.streaming=false",
-            key="stream.columns.input",
-        )
     if source.test_share is not None:
         raise InputError(
             got=f"test_share={source.test_share} of rows that are streamed",
@@ -117,7 +131,9 @@ def _tables(source: Source, columns: Columns) -> tuple[Table, Table]:
         )
     opened, what = hub.stream_files(paths, KEY), ", ".join(map(str, paths))
     if source.test is not None:
-        others = files_of(source.test, "stream.source.test") or []
+        others = files_of(source.test, "stream.source.test")
+        if others is None:
+            raise no_such_source(str(source.test), "stream.source.test")
         named = ", ".join(map(str, others))
         return Table(opened, columns, what), Table(hub.stream_files(others, KEY), columns, named)
     split = columns.split or "split"
@@ -134,12 +150,15 @@ def _tables(source: Source, columns: Columns) -> tuple[Table, Table]:
     return train, Table(opened, columns, what, (split, (test,)))
 
 
-def _names(table: Table, meaning: str) -> list[str]:
-    """Domains or classes that there are, by the alphabet; one without a name where no column tells."""
-    names = sorted({getattr(row, meaning) for row in table.rows()})
-    if not names:
+def _names(table: Table) -> tuple[list[str], list[str]]:
+    """Classes and domains that there are, by the alphabet; one without a name where no column tells."""
+    labels, domains = set(), set()
+    for row in table.rows(inputs=False):
+        labels.add(row.label)
+        domains.add(row.domain)
+    if not labels:
         raise InputError(got=f"{table.what} without training rows", allowed="at least one", key=KEY)
-    return names
+    return sorted(labels), sorted(domains)
 
 
 def _place_of(groups: Sequence[Sequence[str]], meaning: str) -> Callable[[Row], int]:
@@ -161,7 +180,7 @@ def _numbers(
     return {name: label for label, name in enumerate(classes)}
 
 
-def _tests(test: Table, parts: Sequence[Part], place: Callable[[Row], int], how: How) -> list[TensorDataset]:
+def _tests(test: Table, parts: Sequence[Part], place: Callable[[Row], int]) -> list[TensorDataset]:
     """The test data of every experience, held."""
     rows: list[list[Row]] = [[] for _ in parts]
     for row in test.rows():
@@ -176,14 +195,13 @@ def _tests(test: Table, parts: Sequence[Part], place: Callable[[Row], int], how:
     held = []
     for part, found in zip(parts, rows, strict=True):
         if part.number:
-            texts = [row.text for row in found]
-            inputs = padded(texts, part.tokens, how.context, how.truncate, test.what)
+            inputs = part.inputs.batch([r.value for r in found], test.what, [r.place for r in found])
             held.append(TensorDataset(inputs, torch.tensor([part.number[row.label] for row in found]).long()))
         else:
-            encoded = part.tokens.encode("".join(row.text for row in found).encode())
+            encoded = encoded_rows((row.value for row in found), part.texts.tokens)
             if len(encoded) < 2:
                 raise InputError(got=f"{len(encoded)} tokens", allowed="at least 2 to test on", key=KEY)
-            held.append(windows(encoded, how.context))
+            held.append(windows(encoded, part.texts.context))
     return held
 
 

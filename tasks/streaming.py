@@ -1,4 +1,4 @@
-"""Texts that are read while they are learnt: two blocks in memory, whatever the size of the files.
+"""Rows that are read while they are learnt: two blocks in memory, whatever the size of the files.
 
 A first pass counts rows and tokens and notes where each block begins; so an experience has a size and a
 checksum, and a run that was interrupted finds its next batch. The library's shuffle buffer is not used, since
@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -20,17 +21,22 @@ from torch import Tensor
 
 from cl_moe.errors import InputError
 from tasks import hub
+from tasks.streamed_inputs import Inputs, Texts
 from tasks.tables import Columns
-from tasks.tokens import BytePairs, Bytes, padded, windows
+from tasks.tokens import windows
 
 KEY = "stream.source.path"
 
 
 class Row(NamedTuple):
-    """A row of a table: its place, its text, its class and its domain, "" where there is none."""
+    """A row of a table: its place, its input, its class and its domain, "" where there is none.
+
+    The input is a text, the bytes of an image (a uint8 tensor), or a tuple of numbers and categories; None
+    where it was not asked for.
+    """
 
     place: int
-    text: str
+    value: Any
     label: str
     domain: str
 
@@ -51,14 +57,25 @@ class Table:
     what: str
     only: tuple[str, Sequence[str]] | None = None
 
-    def rows(self, first: int = 0) -> Iterator[Row]:
-        """The rows from place ``first`` on.
+    @cached_property
+    def of_images(self) -> bool:
+        """Whether the input is a column of images."""
+        if not isinstance(self.columns.input, str):
+            return False
+        with hub.quiet():
+            return type((self.open().features or {}).get(self.columns.input)).__name__ == "Image"
+
+    def rows(self, first: int = 0, inputs: bool = True) -> Iterator[Row]:
+        """The rows from place ``first`` on; with ``inputs`` or, sooner, without.
 
         Raises:
-            InputError: a missing column, a row without a text (named), or what cannot be read.
+            InputError: a missing column, a row without a value (named), or what cannot be read.
         """
         with hub.quiet():
-            table = self.open()
+            table = self._opened()
+            names = {
+                name: getattr(feature, "names", None) for name, feature in (table.features or {}).items()
+            }
             found = iter(table.skip(first) if first else table)
             place = first
             while True:
@@ -74,27 +91,68 @@ class Table:
                         key=KEY,
                     ) from error
                 if self.only is None or row.get(self.only[0]) in self.only[1]:
-                    yield Row(
-                        place, *(self._value(row, place, name) for name in ("input", "label", "domain"))
-                    )
+                    told = (self._name(row, place, meaning, names) for meaning in ("label", "domain"))
+                    yield Row(place, self._input(row, place) if inputs else None, *told)
                 place += 1
 
-    def _value(self, row: dict[str, Any], place: int, meaning: str) -> str:
+    def _opened(self) -> Any:
+        if not self.of_images:
+            return self.open()
+        from datasets import Image
+
+        # bytes are decoded here, row by row, so that a damaged image can be named
+        return self.open().cast_column(str(self.columns.input), Image(decode=False))
+
+    def _input(self, row: dict[str, Any], place: int) -> Any:
+        wanted = self.columns.input
+        if not isinstance(wanted, str):
+            return tuple(self._cell(row, name, "input") for name in wanted)
+        value = self._cell(row, wanted, "input")
+        if self.of_images:
+            return self._image(value, place)
+        if isinstance(value, str):
+            return value
+        raise self._odd(value, place, wanted, "input", "a text in every row, or a column of images")
+
+    def _image(self, value: Any, place: int) -> Tensor:
+        from datasets import Image
+
+        try:
+            return hub.as_bytes(Image().decode_example(value))
+        except Exception as error:  # a decoder may fail in any way
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            path = f" ({value['path']})" if isinstance(value, dict) and value.get("path") else ""
+            raise InputError(
+                got=f"{self.what}: the image in row {place}{path} cannot be decoded: {lines[0]}",
+                allowed="readable images",
+                key="stream.columns.input",
+            ) from error
+
+    def _name(self, row: dict[str, Any], place: int, meaning: str, names: dict[str, Any]) -> str:
         column = getattr(self.columns, meaning)
         if column is None:
             return ""
+        value = self._cell(row, column, meaning)
+        if isinstance(value, int) and names.get(column):
+            return str(names[column][value])
+        if isinstance(value, str | int):
+            return str(value)
+        raise self._odd(value, place, column, meaning, "a text or a whole number in every row")
+
+    def _cell(self, row: dict[str, Any], column: str, meaning: str) -> Any:
         if column not in row:
             raise InputError(
                 got=f"{self.what} with columns {', '.join(row)}",
                 allowed=f"a column {column!r}",
                 key=f"stream.columns.{meaning}",
             )
-        value = row[column]
-        if isinstance(value, str) or (meaning != "input" and isinstance(value, int)):
-            return str(value)
-        raise InputError(
-            got=f"{self.what}: {type(value).__name__} in row {place} of column {column!r}",
-            allowed="a text in every row; images and numbers are not streamed (stream.streaming=false)",
+        return row[column]
+
+    def _odd(self, value: object, place: int, column: str, meaning: str, allowed: str) -> InputError:
+        what = "nothing" if value is None else type(value).__name__
+        return InputError(
+            got=f"{self.what}: {what} in row {place} of column {column!r}",
+            allowed=allowed,
             key=f"stream.columns.{meaning}",
         )
 
@@ -106,26 +164,24 @@ class Part:
     Args:
         table: where they are.
         belongs: whether a row is one of them.
-        tokens: of the stream.
-        context: S.
+        inputs: makes tensors of them; of language, texts.
         block: B.
         number: of each class, by its name; empty for language.
-        truncate: whether longer labelled texts are cut.
+        first: whether it is the experience that arrives first.
 
     Attributes:
         starts: for each block the place of its first row, and the tokens of it that belong to the one before.
         total: tokens (language), or rows.
         counts: rows by class.
-        checksum: CRC-32 of all texts and labels.
+        checksum: CRC-32 of all inputs and labels.
     """
 
     table: Table
     belongs: Callable[[Row], bool]
-    tokens: Bytes | BytePairs
-    context: int
+    inputs: Inputs
     block: int
     number: dict[str, int] = field(default_factory=dict)
-    truncate: bool = False
+    first: bool = False
 
     def __post_init__(self) -> None:
         self.starts: list[tuple[int, int]] = []
@@ -138,24 +194,31 @@ class Part:
     @property
     def step(self) -> int:
         """What a block takes of the total."""
-        return self.block if self.number else self.block * self.context
+        return self.block if self.number else self.block * self.texts.context
+
+    @property
+    def texts(self) -> Texts:
+        """The inputs of language."""
+        assert isinstance(self.inputs, Texts)
+        return self.inputs
 
     def count(self, row: Row) -> None:
         """Take up a row of the first pass, if it is one of these."""
         if not self.belongs(row):
             return
-        size = 1 if self.number else len(self.tokens.encode(row.text.encode()))
+        size = 1 if self.number else len(self.texts.tokens.encode(row.value.encode()))
         while len(self.starts) * self.step < self.total + size:
             self.starts.append((row.place, len(self.starts) * self.step - self.total))
         self.total += size
-        self.checksum = zlib.crc32(f"{row.label}\0{row.text}\0".encode(), self.checksum)
+        value = self.inputs.note(row.value, f"{self.table.what}, row {row.place}", self.first)
+        self.checksum = zlib.crc32(f"{row.label}\0".encode() + value + b"\0", self.checksum)
         if self.number:
             self.counts[self.number[row.label]] += 1
 
     @property
     def num_rows(self) -> int:
         """n: examples, or windows, of which the last may be padded."""
-        return self.total if self.number else max(0, -(-(self.total - 1) // self.context))
+        return self.total if self.number else max(0, -(-(self.total - 1) // self.texts.context))
 
     def read(self, block: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a block; the one behind the last that was read comes at once.
@@ -177,18 +240,18 @@ class Part:
     def _examples(self, count: int) -> tuple[Tensor, Tensor]:
         rows = [self._row() for _ in range(count)]
         what = f"{self.table.what}, from row {rows[0].place} on"
-        inputs = padded([row.text for row in rows], self.tokens, self.context, self.truncate, what)
+        inputs = self.inputs.batch([row.value for row in rows], what, [row.place for row in rows])
         return inputs, torch.tensor([self.number[row.label] for row in rows])
 
     def _text(self, count: int, drop: int) -> tuple[Tensor, Tensor]:
         pieces, have = [self._rest], len(self._rest)
         while have < count:
-            piece = self.tokens.encode(self._row().text.encode())[drop:]
+            piece = self.texts.tokens.encode(self._row().value.encode())[drop:]
             pieces.append(piece)
             have, drop = have + len(piece), 0
         joined = torch.cat(pieces)
         self._rest = joined[count - 1 :]  # the last token is the first of the next block
-        inputs, targets = windows(joined[:count], self.context).tensors
+        inputs, targets = windows(joined[:count], self.texts.context).tensors
         return inputs, targets
 
     def _row(self) -> Row:

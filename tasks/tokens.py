@@ -108,6 +108,11 @@ def tokenizer_of(size: int | None, texts: Iterable[str]) -> Bytes | BytePairs:
     return Bytes() if size is None else BytePairs(texts, size)
 
 
+def encoded_rows(texts: Iterable[str], tokenizer: Bytes | BytePairs) -> Tensor:
+    """(N,) int64: texts one after the other, none of whose pairs reaches from one row into the next."""
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *(tokenizer.encode(t.encode()) for t in texts)])
+
+
 def padded(
     texts: Sequence[str], tokenizer: Bytes | BytePairs, context: int, truncate: bool, what: str
 ) -> Tensor:

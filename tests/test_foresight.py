@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from cl_moe import experiment, foresight, launch
 from cl_moe.growth import Census, Trace
 from cl_moe.run import Run
+from cl_moe.stream import Stream
 
 SMALL = (
     *("tracking=none", "model.width=16", "trainer.epochs=2", "trainer.eval_batch_size=50", "eval.samples=0"),
@@ -136,3 +139,33 @@ def test_nobody_looks_where_no_schedule_asks(build, monkeypatch) -> None:
     assert seen.first_batches == []
     assert all(census.coming is None and census.reference is None for census in seen.censuses)
     assert [e["experience"] for e in run.learner.ledger if e["act"] == "grow"] == [2]
+
+
+@pytest.mark.parametrize("layer", ["moe", "peer"])
+def test_whom_to_copy_is_told_by_training_data_alone(layer: str, composed, tmp_path, monkeypatch) -> None:
+    def learnt(blank: bool) -> dict[str, bytes]:
+        create = launch.instantiate
+
+        def made(node: DictConfig, *words: object) -> object:
+            stream = create(node, *words)
+            if not (blank and isinstance(stream, Stream)):
+                return stream
+            tests = [TensorDataset(torch.zeros_like(e.test.tensors[0]), e.test.tensors[1]) for e in stream]
+            pairs = zip(stream, tests, strict=True)
+            return replace(stream, experiences=tuple(replace(e, test=test) for e, test in pairs))
+
+        sizes = ("layer.num_experts=16", "layer.k=2", "layer.heads=2", "growth.num_experts=4")
+        sizes = (*SMALL[:5], "layer=peer", *sizes, SMALL[-1])
+        words = sizes if layer == "peer" else SMALL
+        grown = ("stream.tune_on_first=3", "growth=every_experience", "growth.init=copy")
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "instantiate", made)
+            run = launch.build(composed(*words, *grown, f"output_dir={tmp_path / str(blank)}"))
+        experiment.run_experiment(run)
+        return _bytes(run)
+
+    seen: list[set[int]] = []
+    look = foresight.loads_in_training
+    monkeypatch.setattr(foresight, "loads_in_training", lambda run, e: seen.append({e.index}) or look(run, e))
+    assert learnt(blank=False) == learnt(blank=True)
+    assert seen == [{0}, {1}] * 2

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from omegaconf import DictConfig
 
-from cl_moe import launch
+from cl_moe import launch, preflight
 from cl_moe.experiment import run_experiment
 from cl_moe.metrics.answers import last_words_right
 from cl_moe.reading import ends_of_words, units_of
@@ -127,3 +127,22 @@ def test_a_model_that_has_learnt_a_sentence_writes_its_last_word(command: Callab
     assert found[0] == 0
     assert found[-1] >= 0.9, done.text
     assert run.data.metrics["byte_perplexity/say"] < 1.5
+
+
+def test_another_held_out_text_is_another_measurement(
+    composed: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prints, kept = [], {}
+    for content in ("one text of few words. " * 20, "two texts of few words. " * 20):
+        (tmp_path / "say.txt").write_text(content)
+        words = (*SMALL[:-1], "stream.held_out={say:{path:say.txt,bytes:200,last_words:0}}")
+        run = launch.build(composed(*words, "tracking=none", f"output_dir={tmp_path}"))
+        prints.append(run.fingerprint)
+        kept[run.tags["data_checksum"]] = run
+    assert prints[0]["stream"] == prints[1]["stream"]
+    assert len(kept) == 2, "runs that comparisons keep apart"
+    why = preflight.why_not({"fingerprint": prints[0]}, prints[1], False)
+    assert why == "is of other held-out texts"
+    older = {part: value for part, value in prints[0].items() if part != "held_out"}
+    assert preflight.why_not({"fingerprint": older}, prints[1], False) is None

@@ -17,7 +17,8 @@ class LayerCensus:
         sizes: experts per cohort, oldest first.
         births: for each cohort, the number of experiences trained before its birth.
         frozen: for each cohort, whether it has stopped learning.
-        load: (N,) score-weighted load on the data of the experiences seen; None before the first.
+        load: (N,) score-weighted load of training examples of the newest experience, by which copies choose
+            whom they copy; None where nobody copies.
         trained: (N,) load in the training of each experience since the expert's birth, on average: the share
             of routed weight in units of the fair one, 1/N; 0 for newborns. None where nothing was trained, or
             nobody asked for it (``Looks.loads``), as for the next two.

@@ -11,13 +11,17 @@ from cl_moe.growth.schedules import GrowthSchedule
 from cl_moe.models.base import ContinualModel
 
 
-def check_growth(model: ContinualModel, schedule: GrowthSchedule, num_experiences: int) -> None:
+def check_growth(
+    model: ContinualModel, schedule: GrowthSchedule, num_experiences: int, classes: Sequence[int] = ()
+) -> None:
     """Refuse, before any training, a growth that the model's layers could not carry out.
 
     Args:
         model: as it starts.
         schedule: asked what it would do before each experience.
         num_experiences: of the stream.
+        classes: for each experience that is known, how many classes have head rows once it has come: they
+            count in a budget, too; as many as the last behind them.
 
     Raises:
         InputError: there are no expert layers, or one of them cannot take a cohort of such a size.
@@ -36,10 +40,15 @@ def check_growth(model: ContinualModel, schedule: GrowthSchedule, num_experience
         if schedule.sizes and birth.hidden is not None:
             layer.check_hidden(birth.hidden, birth.init)
     if budget.bounded:
-        _check_budget(model, schedule, plan)
+        _check_budget(model, schedule, plan, [*classes] or [0])
 
 
-def _check_budget(model: ContinualModel, schedule: GrowthSchedule, plan: Sequence[tuple[int, int]]) -> None:
+def _check_budget(
+    model: ContinualModel,
+    schedule: GrowthSchedule,
+    plan: Sequence[tuple[int, int]],
+    classes: Sequence[int],
+) -> None:
     """Refuse what cannot be kept within a budget, and check the growths that are within it."""
     birth, budget = schedule.birth, schedule.birth.budget
     now, born = sizes_after(model, [], birth.hidden)[0], list[int]()
@@ -48,7 +57,8 @@ def _check_budget(model: ContinualModel, schedule: GrowthSchedule, plan: Sequenc
     for index, size in plan:
         for layer in model.expert_layers.values():
             layer.check_growths([*born, size], birth.init)
-        then = sizes_after(model, [*born, size], birth.hidden)[-1]
+        rows = classes[min(index, len(classes) - 1)]
+        then = sizes_after(model, [*born, size], birth.hidden, rows)[-1]
         if not budget.exceeded(then):
             born.append(size)
         elif budget.on_exceed == "refuse" and schedule.planned:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,29 @@ def _own(value: Any, parameter: nn.Parameter) -> Any:
         return value.clone()
     places = parameter.device_mesh, parameter.placements
     return distribute_tensor(value.to(parameter.device), *places, src_data_rank=None)
+
+
+def begin_anew(state: OptimizerState, name: str, shape: Sequence[int], rows: Sequence[int]) -> None:
+    """Let rows of a parameter (experts of a cohort) start without a past, beside others that keep theirs.
+
+    Momentum becomes 0. A parameter has one count of steps, which the others need, so AdamW's correction for a
+    short past is not made any more: with squares of 0 the first step would be (1 - beta1) / sqrt(1 - beta2),
+    about three times, as long as it should be. The squares are therefore the other rows' mean: the first
+    steps are short, as in a warm-up, and no longer than theirs. Where no other row is left, the state goes.
+
+    Args:
+        state: changed in place.
+        name: of the parameter.
+        shape: of the parameter, (N, ...).
+        rows: in 0 .. N - 1.
+    """
+    others = [row for row in range(shape[0]) if row not in rows]
+    if not others:
+        state.pop(name, None)
+        return
+    for key, value in state.get(name, {}).items():
+        if isinstance(value, Tensor) and value.shape == torch.Size(shape):
+            value[list(rows)] = value[others].mean(dim=0) if key == "exp_avg_sq" else 0.0
 
 
 def _check_rows(name: str, by_rows: bool | None, rows: str) -> None:

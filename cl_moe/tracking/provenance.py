@@ -7,10 +7,11 @@ import os
 import platform
 import subprocess
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -99,32 +100,38 @@ def diff() -> bytes:
     return text[: text.rfind(b"\n", 0, _MOST_BYTES) + 1] + f"[cut: {len(text)} bytes]\n".encode()
 
 
-def write_data(checksums: Sequence[object], path: Path) -> Path:
+def write_data(fingerprint: Mapping[str, Any], path: Path) -> Path:
     """CRC-32 of every tensor of a stream, by experience, so that two runs can tell whether they had the same.
 
     Args:
-        checksums: as in a run's fingerprint: the stream's name, then for each experience its name and the
-            checksums of its parts.
+        fingerprint: of a run: in ``stream`` the stream's name, then for each experience its name and the
+            checksums of its parts; in ``held_out`` the same of each held-out text.
         path: of the file.
     """
-    write_atomically(path, data_text(checksums).encode())
+    write_atomically(path, data_text(fingerprint).encode())
     return path
 
 
-def data_text(checksums: Sequence[object]) -> str:
+def data_text(fingerprint: Mapping[str, Any]) -> str:
     """What ``write_data`` writes."""
-    name, *experiences = checksums
-    text = json.dumps({"stream": name, "experiences": experiences}, indent=1)
-    return f"{text}\n"
+    name, *experiences = fingerprint["stream"]
+    told = {"stream": name, "experiences": experiences}
+    if fingerprint.get("held_out"):
+        told["held_out"] = fingerprint["held_out"]
+    return f"{json.dumps(told, indent=1)}\n"
 
 
-def data_checksum(checksums: object) -> str:
+def data_checksum(fingerprint: Mapping[str, Any]) -> str:
     """The same in one word, a tag: runs of one order and data seed that differ in it are never averaged.
 
-    >>> data_checksum(["digits", ["zeros", 1, 2]]) == data_checksum(["digits", ["zeros", 1, 3]])
+    >>> one, two = ({"stream": ["digits", ["zeros", 1, last]]} for last in (2, 3))
+    >>> data_checksum(one) == data_checksum(two)
+    False
+    >>> data_checksum(one) == data_checksum({**one, "held_out": [["bible", 7]]})
     False
     """
-    return f"{zlib.crc32(json.dumps(checksums).encode()):08x}"
+    told = [*fingerprint["stream"], *fingerprint.get("held_out", ())]
+    return f"{zlib.crc32(json.dumps(told).encode()):08x}"
 
 
 @cache

@@ -68,6 +68,18 @@ def test_a_plan_over_its_budget_is_refused_before_training(new_model) -> None:
         check_growth(new_model("moe"), EveryExperience(2, budget=GrowthBudget(experts=3)), 3)
 
 
+def test_rows_of_the_head_count_before_training(new_model) -> None:
+    room = sizes_after(new_model("moe"), [2, 2], new_classes=6)[-1].parameters  # at experience 2 of 3
+    for bound, fits in ((room, True), (room - 1, False)):
+        schedule = EveryExperience(2, budget=GrowthBudget(parameters=bound, on_exceed="refuse"))
+        check_growth(new_model("moe"), schedule, 3)  # without a word of classes there is room
+        if fits:
+            check_growth(new_model("moe"), schedule, 3, classes=(2, 4, 6))
+            continue
+        with pytest.raises(InputError, match=r"before experience 2"):
+            check_growth(new_model("moe"), schedule, 3, classes=(2, 4, 6))
+
+
 def test_what_the_data_decide_is_refused_when_it_comes(new_model) -> None:
     model, budget = new_model("moe"), GrowthBudget(experts=5, on_exceed="refuse")
     schedule = OnDrift(2, budget=budget)

@@ -7,6 +7,7 @@ from torch import nn
 from cl_moe.errors import InputError
 from cl_moe.layers import PEER, MoE
 from cl_moe.optim import SGD, Adagrad, AdamW, OptimizerSpec, load_state_by_name, state_by_name
+from cl_moe.optim.state import begin_anew
 
 
 def net() -> nn.ModuleDict:
@@ -165,3 +166,32 @@ def test_sgd_is_torchs() -> None:
         step(theirs, second)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 2], [0, 1, 2]])
+def test_rows_that_begin_anew_take_no_longer_steps_than_a_young_parameter(rows: list[int]) -> None:
+    table = torch.nn.Parameter(torch.zeros(3, 4))
+    optimizer = AdamW(lr=0.1, weight_decay=0.0).build([("table", table)])
+
+    def step() -> torch.Tensor:
+        before = table.detach().clone()
+        table.grad = torch.randn(3, 4, generator=drawn)
+        optimizer.step()
+        return (table.detach() - before).abs()
+
+    drawn = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        step()
+    state = state_by_name(optimizer, [("table", table)])
+    old = {key: value.clone() for key, value in state["table"].items()}
+    begin_anew(state, "table", table.shape, rows)
+    others = [row for row in range(3) if row not in rows]
+    for key, value in state.get("table", {}).items():
+        assert (
+            torch.equal(value, old[key]) if value.dim() == 0 else torch.equal(value[others], old[key][others])
+        )
+    optimizer.state.clear()
+    load_state_by_name(optimizer, [("table", table)], state)
+    assert ("table" in state) == bool(others)
+    largest = max(step()[rows].max().item() for _ in range(5))
+    assert largest <= 0.1 * 1.6, "with squares of 0 the first is three times the rate"

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from cl_moe.errors import InputError
+from tasks.colours import coloured
 from tasks.hf import hf
 
 LABELS = ["ant", "bee", "cow", "dog"]
@@ -143,6 +144,46 @@ def test_a_folder_of_images(tmp_path: Path, mode: str) -> None:
     assert Counter(x.numpy().tobytes() for x in (seen * 255).round().byte()) == Counter(
         x.contiguous().numpy().tobytes() for x in expected
     )
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_images_may_be_changed_by_group_or_as_a_whole(tmp_path: Path, mode: str) -> None:
+    pictures(tmp_path / "pictures", mode)
+    source = {"path": str(tmp_path / "pictures"), "test_share": 0.25}
+    columns, change = {"input": "image", "label": "label"}, {"kind": "coloured", "hues": [0, 120, 240]}
+    plain = hf(source, columns, "class", 1)
+    (cat, owl), shape = hf(source, columns, "class", 1, change), (3, 6, 6)
+    assert (cat.name, owl.name) == ("cat, hue 0 degrees", "owl, hue 120 degrees")
+    for experience, before, hue in ((cat, plain[0], 0.0), (owl, plain[1], 120.0)):
+        for side in ("train", "test"):
+            (seen, labels), (inputs, targets) = (
+                getattr(experience, side).tensors,
+                getattr(before, side).tensors,
+            )
+            assert seen.shape[1:] == shape
+            assert torch.equal(labels, targets)
+            assert torch.equal(seen, coloured(inputs, torch.full((len(inputs),), hue)))
+    ways = hf(source, columns, "domain", transform=change, order=[2, 0, 1])
+    assert [e.name for e in ways] == ["hue 240 degrees", "hue 0 degrees", "hue 120 degrees"]
+    assert (ways.input_shape, ways.num_classes, ways[0].classes) == (shape, 2, (0, 1))
+    assert {len(e.train) for e in ways} == {6}
+    many = hf(source, columns, "domain", transform={"kind": "permuted"}, num_experiences=4)
+    assert (len(many), many.input_shape) == (4, plain.input_shape)
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ({"num_experiences": 2}, "stream.num_experiences"),
+        ({"transform": {"kind": "rotated", "degrees": [5]}, **CLASSES}, "stream.transform"),
+        ({"transform": {"kind": "permuted"}, "scenario": "class"}, "stream.scenario, stream.transform or"),
+    ],
+)
+def test_changes_that_cannot_be_are_refused(frame: pd.DataFrame, words: dict, key: str) -> None:
+    source = {"path": write(frame, "a.csv"), "test_share": 0.2}
+    with pytest.raises(InputError) as caught:
+        hf(source, {"input": "text", "label": "kind", "split": None}, **words)
+    assert caught.value.key.startswith(key)
 
 
 def test_a_damaged_image_is_named(tmp_path: Path) -> None:

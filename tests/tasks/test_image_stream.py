@@ -184,5 +184,5 @@ def test_noise_differs_between_training_and_test_images() -> None:
     change = Transform({"kind": "corrupted", "corruptions": ["noise"]})
     (experience,) = image_stream("digits", "domain", None, {"kind": "corrupted", "corruptions": ["noise"]})
     data = images("digits")
-    expected = change(data.test.tensors[0].view(-1, 8, 8), 0, 0, "test").flatten(1)
+    expected = change(data.test.tensors[0].view(-1, 8, 8), data.test.tensors[1], 0, 0, "test").flatten(1)
     assert torch.equal(experience.test.tensors[0], expected)

@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from cl_moe.batches import training_loader
 from cl_moe.errors import InputError
-from cl_moe.stream import Streamed, chunks
+from cl_moe.stream import Stream, Streamed, chunks
+from tasks import hub
 from tasks.hf import hf
 
 pytestmark = pytest.mark.filterwarnings(
@@ -69,7 +72,7 @@ def joined(data: Any) -> list[torch.Tensor]:
     "words",
     [
         {"columns": {"domain": "place"}, "context": 16},
-        {"columns": {}, "context": 7},
+        {"columns": {}, "context": 7, "tokenizer": {"kind": "bpe", "vocab_size": 262}},
         {"columns": {"label": "kind"}, "scenario": "class", "classes_per_experience": 2, "context": 48},
         {"columns": {"label": "kind"}, "scenario": "domain", "classes_per_experience": 2, "context": 48},
         {"columns": {"label": "kind", "domain": "place"}, "scenario": "class", "context": 48, "seed": 3},
@@ -127,7 +130,16 @@ def test_every_row_comes_once_within_its_block_and_again_from_any_batch(frame: p
     ("change", "words", "key", "got"),
     [
         ({}, {"columns": {"input": "body"}}, "stream.columns.input", "a column 'body'"),
-        ({}, {"columns": {"input": ["x"]}}, "stream.columns.input", "streamed"),
+        (
+            {},
+            {"columns": {"input": ["x"], "label": "kind", "domain": "place"}},
+            "stream.columns.input",
+            "'x'",
+        ),
+        ({}, {"columns": {"input": ["text"], "domain": "place"}}, "stream.columns.label", "numbers"),
+        ({}, {"source": {"test": "owner/name"}}, "stream.source.test", "owner/name"),
+        ({}, {"source": {"path": "absent.jsonl"}}, "stream.source.path", "absent.jsonl"),
+        ({}, {"transform": {"kind": "rotated"}}, "stream.transform", "streamed"),
         ({}, {"source": {"test_share": 0.2}}, "stream.source.test_share", "test_share"),
         ({}, {"cut": 2}, "stream.streaming", "all rows at once"),
         ({}, {"shape": {"blurry": 0.1}}, "stream.streaming", "all rows at once"),
@@ -150,6 +162,83 @@ def test_what_is_refused(
         hf(source, words.pop("columns", {"domain": "place"}), streaming=True, **words)
     assert caught.value.key.startswith(key)
     assert got in caught.value.got + caught.value.allowed
+
+
+def alike(read: Stream, streamed: Stream) -> None:
+    """Two streams hold the same, the one in memory, the other in blocks."""
+    assert (len(read), read.num_classes, read.input_shape) == (
+        len(streamed), streamed.num_classes, streamed.input_shape,
+    )  # fmt: skip
+    for one, two in zip(read, streamed, strict=True):
+        assert isinstance(two.train, Streamed)
+        assert (one.name, one.classes, one.task_label) == (two.name, two.classes, two.task_label)
+        for side, found in ((one.train, joined(two.train)), (one.test, two.test.tensors)):
+            for held, other in zip(side.tensors, found, strict=True):
+                torch.testing.assert_close(held, other)
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.jsonl"])
+def test_numbers_and_categories_are_those_held_in_memory(
+    frame: pd.DataFrame, name: str, standardize: bool
+) -> None:
+    frame["x"], frame["one"] = frame.index * 0.37 - 5, 3
+    columns = {"input": ["x", "kind", "one"], "label": "place", "standardize": standardize}
+    words = {"scenario": "class", "classes_per_experience": 1, "seed": 1}
+    path = write(frame, name)
+    read = hf({"path": path}, columns, **words)
+    for block in (4, 1000):
+        alike(read, hf({"path": path}, columns, **words, streaming=True, block=block))
+    assert read.input_shape == (1 + len(KINDS) + 1,)
+
+
+@pytest.mark.parametrize(
+    ("column", "row", "value"), [("x", 31, "much"), ("x", 32, None), ("kind", 7, "elk"), ("kind", 30, 3)]
+)
+def test_a_value_of_another_kind_is_named_by_its_row(
+    frame: pd.DataFrame, column: str, row: int, value: Any
+) -> None:
+    rows = frame.assign(x=1.5).to_dict("records")
+    rows[row][column] = value
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"input": ["x", "kind"], "label": "place"}
+    with pytest.raises(InputError, match=rf"a\.jsonl.* {row}\b"):
+        hf({"path": "a.jsonl"}, columns, "class", 1, streaming=True)
+
+
+def drawn(folder: Path, count: int = 7, damaged: bool = False) -> dict[str, str]:
+    """Colour images of two kinds in folders to learn from and to test on."""
+    draw = np.random.default_rng(0)
+    for side, number in (("learn", count), ("see", 3)):
+        for kind in ("cat", "owl"):
+            (folder / side / kind).mkdir(parents=True)
+            for place in range(number):
+                pixels = draw.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / side / kind / f"{place}.png")
+    if damaged:
+        (folder / "learn/owl/2.png").write_bytes(b"not an image")
+    return {"path": str(folder / "learn"), "test": str(folder / "see")}
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet"])
+def test_images_are_those_held_in_memory(tmp_path: Path, form: str) -> None:
+    source, words = drawn(tmp_path), {"scenario": "class", "classes_per_experience": 1}
+    columns = {"input": "image", "label": "label"}
+    if form == "parquet":
+        for side, name in source.items():
+            table = hub.from_files([Path(name)], "")
+            source[side] = str(tmp_path / f"{side}.parquet")
+            table.to_parquet(source[side])
+    read = hf(source, columns, **words)
+    assert read.input_shape == (3, 5, 4)
+    for block in (3, 1000):
+        alike(read, hf(source, columns, **words, streaming=True, block=block))
+
+
+def test_a_damaged_image_is_named_before_training(tmp_path: Path) -> None:
+    source = drawn(tmp_path, damaged=True)
+    with pytest.raises(InputError, match=r"row 9 .*owl/2\.png.* cannot be decoded"):
+        hf(source, {"input": "image", "label": "label"}, "class", 1, streaming=True)
 
 
 @pytest.mark.parametrize(

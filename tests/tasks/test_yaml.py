@@ -26,6 +26,7 @@ QUICK = {
     "text_languages": ["stream.train_bytes=20000", "stream.test_bytes=5000"],
     "permuted_mnist": ["stream.num_experiences=2"],
     "corrupted_mnist": ["stream.transform.corruptions=[clean,noise]"],
+    "coloured_mnist": ["stream.dataset=digits", "stream.transform.hues=[0,120]"],
     "rotated_mnist": ["stream.transform.degrees=[0,20]"],
 }
 BY_NAME = ("arriving",)  # in the order of its files' names, whatever the seed

@@ -109,7 +109,7 @@ def test_checksums_of_the_data_are_those_of_zlib(composed: Callable, tmp_path: P
     from cl_moe.launch import build
 
     run = build(composed("stream.tune_on_first=2", "tracking=none", f"output_dir={tmp_path / 'out'}"))
-    path = provenance.write_data(run.fingerprint["stream"], tmp_path / provenance.DATA)
+    path = provenance.write_data(run.fingerprint, tmp_path / provenance.DATA)
     found = json.loads(path.read_text())
     assert found["stream"] == run.stream.name
     for experience, (name, *sums) in zip(run.stream, found["experiences"], strict=True):
