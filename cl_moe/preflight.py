@@ -52,7 +52,16 @@ def check_fit(stream: Stream, model: ContinualModel, epochs: int, strategies: Ma
         epochs: passes over each experience.
         strategies: by name.
     """
-    table = getattr(model, "tokens", None)
+    table, of_numbers = getattr(model, "tokens", None), stream[0].test.tensors[0].is_floating_point()
+    if of_numbers == isinstance(table, nn.Embedding) and stream.kind == "classification":
+        raise InputError(
+            got=f"a model of {'texts' if of_numbers else 'numbers'} on a stream of "
+            f"{'images or numbers' if of_numbers else 'texts'}",
+            allowed="model=mlp or model=patch_transformer"
+            if of_numbers
+            else "model=encoder_classifier or model=decoder_classifier",
+            key="model (or stream)",
+        )
     if (
         stream.vocabulary
         and isinstance(table, nn.Embedding)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
+from torch.utils.data import TensorDataset
 
 from cl_moe.errors import InputError
 from cl_moe.seeds import generator
@@ -112,9 +113,7 @@ def check_filled(stream: Stream) -> None:
                 )
         if stream.kind == "language":
             continue
-        if isinstance(experience.train, Streamed):
-            continue  # its classes are those that were counted
-        found = {side: set(data.tensors[1].unique().tolist()) for side, data in sides.items()}
+        found = {side: _classes(data) for side, data in sides.items()}
         for side, other in (("training", "test"), ("test", "training")):
             if missing := found[other] - found[side]:
                 raise InputError(
@@ -122,6 +121,13 @@ def check_filled(stream: Stream) -> None:
                     allowed=f"every class of the {other} data in the {side} data of its experience, too",
                     key="stream",
                 )
+
+
+def _classes(data: TensorDataset) -> set[int]:
+    """That occur; of data that are streamed, those that were counted."""
+    if isinstance(data, Streamed):
+        return set(data.summary["train_classes"])
+    return set(data.tensors[1].unique().tolist())
 
 
 def _shown(order: object) -> str:

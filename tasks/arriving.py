@@ -150,7 +150,7 @@ def _labelled(
 ) -> TensorDataset:
     inputs = side.numbers
     if inputs is None:
-        inputs = padded(side.texts, tokens, context, truncate, side.what)
+        inputs = padded(side.texts, tokens, context, truncate, side.what, side.places)
     return TensorDataset(inputs, torch.tensor([classes.index(name) for name in side.labels]))
 
 

@@ -20,7 +20,12 @@ Categories = dict[str, tuple[str, ...]]
 
 
 def features_of(
-    table: Any, columns: Sequence[str], what: str, key: str, known: Mapping[str, Sequence[str]] | None = None
+    table: Any,
+    columns: Sequence[str],
+    what: str,
+    key: str,
+    known: Mapping[str, Sequence[str]] | None = None,
+    places: Sequence[int] | None = None,
 ) -> tuple[Tensor, Categories]:
     """(n, F) float32 of columns of numbers and of texts, and the categories of the latter, by the alphabet.
 
@@ -30,6 +35,7 @@ def features_of(
         what: its name, for errors.
         key: the configuration key that named the columns.
         known: categories of the training rows, where this table is another; None where it is theirs.
+        places: of the table's rows in its file; None: they are all of it.
 
     Raises:
         InputError: a missing column, a value that is missing or of another kind, or a category that no
@@ -47,12 +53,14 @@ def features_of(
             own = {value for value in values if value is not None}
             categories[name] = tuple(sorted(own)) if known is None else tuple(known.get(name, ()))
             place = {category: index for index, category in enumerate(categories[name])}
-            _check(values, lambda value, place=place: value in place, what, name, key, "a known category")
+            _check(
+                values, lambda value, place=place: value in place, what, name, key, "a known category", places
+            )
             hot = torch.zeros(len(values), len(place))
             hot[torch.arange(len(values)), torch.tensor([place[value] for value in values])] = 1
             filled.append(hot)
         else:
-            _check(values, _is_number, what, name, key, "numbers")
+            _check(values, _is_number, what, name, key, "numbers", places)
             filled.append(torch.tensor(values, dtype=torch.float32).unsqueeze(1))
     return torch.cat(filled, dim=1), categories
 
@@ -87,7 +95,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
-def _check(values: Sequence[Any], right: Any, what: str, name: str, key: str, allowed: str) -> None:
+def _check(
+    values: Sequence[Any],
+    right: Any,
+    what: str,
+    name: str,
+    key: str,
+    allowed: str,
+    places: Sequence[int] | None,
+) -> None:
     for row, value in enumerate(values):
         if not right(value):
-            raise InputError(got=f"{what}: {value!r} in row {row} of {name!r}", allowed=allowed, key=key)
+            place = row if places is None else places[row]
+            raise InputError(got=f"{what}: {value!r} in row {place} of {name!r}", allowed=allowed, key=key)

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from cl_moe.errors import InputError
 from cl_moe.stream import ASKED, IGNORE, HeldOut
-from tasks import hub
+from tasks import cells, hub
 from tasks.arrange import whole
 from tasks.tables import TESTS, from_options, local_file, no_such_source
 from tasks.tokens import BytePairs, Bytes, windows
@@ -189,7 +189,7 @@ def _rows(text: Text, key: str) -> list[str]:
     if path is not None:
         table: Any = hub.from_files([path], f"{key}.path")
         split = "split" if "split" in table.features else None
-        sides = hub.texts_of(table, "split", str(path), f"{key}.split") if split else []
+        sides = cells.texts_of(table, "split", str(path), f"{key}.split") if split else []
     elif text.path.count("/") == 1 and "." not in text.path:
         splits = hub.from_hub(text.path, None, "its files, downloaded", f"{key}.path")
         table, sides = None, list(splits)
@@ -204,5 +204,5 @@ def _rows(text: Text, key: str) -> list[str]:
         )
     if table is None:
         table, sides = splits[str(wanted)], []
-    rows = hub.texts_of(table, text.column, text.path, f"{key}.column")
+    rows = cells.texts_of(table, text.column, text.path, f"{key}.column")
     return [row for number, row in enumerate(rows) if not sides or sides[number] == wanted]

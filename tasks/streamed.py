@@ -106,7 +106,7 @@ def _inputs(train: Table, how: How, place: Callable[[Row], int]) -> tuple[Inputs
         return Features(list(columns.input), columns.standardize), Bytes()
     first = (row.value for row in train.rows() if place(row) == 0)
     tokens = tokenizer_of(how.vocab_size, first)
-    return Texts(tokens, how.context, how.truncate), tokens
+    return Texts(tokens, how.context, how.truncate, columns.label is not None), tokens
 
 
 def _tables(source: Source, columns: Columns) -> tuple[Table, Table]:
@@ -137,14 +137,15 @@ def _tables(source: Source, columns: Columns) -> tuple[Table, Table]:
         named = ", ".join(map(str, others))
         return Table(opened, columns, what), Table(hub.stream_files(others, KEY), columns, named)
     split = columns.split or "split"
-    first: Mapping[str, Any] = next(iter(opened()), {})
+    every = Table(opened, columns, what)
+    first: Mapping[str, Any] = next(every.raw(), {})
     if split not in first:
         raise InputError(
             got=f"{what}, in which nothing says what to test on",
             allowed="stream.source.test=FILE, or stream.columns.split=COLUMN",
             key="stream.source.test",
         )
-    sides = {row.get(split) for row in opened()}
+    sides = {row.get(split) for row in every.raw()}
     test = next((name for name in TESTS if name in sides), TESTS[0])  # one of them alone, as of held rows
     train = Table(opened, columns, what, (split, ("train",)))
     return train, Table(opened, columns, what, (split, (test,)))

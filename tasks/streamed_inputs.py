@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cl_moe.errors import InputError
 from tasks.features import check_number
-from tasks.tokens import BytePairs, Bytes, padded
+from tasks.tokens import BytePairs, Bytes, check_text, padded
 
 KEY = "stream.columns.input"
 
@@ -55,10 +55,11 @@ class Texts(Inputs):
         tokens: of the stream.
         context: S.
         truncate: whether longer texts are cut; if not, they are refused.
+        labelled: whether a row's text stands by itself; of language it goes on in the next.
     """
 
-    def __init__(self, tokens: Bytes | BytePairs, context: int, truncate: bool) -> None:
-        self.tokens, self.context, self.truncate = tokens, context, truncate
+    def __init__(self, tokens: Bytes | BytePairs, context: int, truncate: bool, labelled: bool) -> None:
+        self.tokens, self.context, self.truncate, self.labelled = tokens, context, truncate, labelled
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,11 +68,13 @@ class Texts(Inputs):
 
     def note(self, value: Any, where: str, first: bool) -> bytes:
         """As the base class says."""
+        if self.labelled:
+            check_text(value, self.tokens, None if self.truncate else self.context, where)
         return str(value).encode()
 
     def batch(self, values: Sequence[Any], what: str, places: Sequence[int]) -> Tensor:
         """As the base class says."""
-        return padded(values, self.tokens, self.context, self.truncate, what)
+        return padded(values, self.tokens, self.context, self.truncate, what, places)
 
 
 class Pictures(Inputs):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cl_moe.errors import InputError
-from tasks import hub
+from tasks import cells, hub
 from tasks.streamed_inputs import Inputs, Texts
 from tasks.tables import Columns
 from tasks.tokens import windows
@@ -71,29 +71,40 @@ class Table:
         Raises:
             InputError: a missing column, a row without a value (named), or what cannot be read.
         """
+        for place, row in enumerate(self.raw(first), start=first):
+            if self.only is None or row.get(self.only[0]) in self.only[1]:
+                told = (self._name(row, place, meaning) for meaning in ("label", "domain"))
+                yield Row(place, self._input(row, place) if inputs else None, *told)
+
+    def raw(self, first: int = 0) -> Iterator[dict[str, Any]]:
+        """The rows as the library gives them, but for images, which are not decoded.
+
+        Raises:
+            InputError: what cannot be read.
+        """
         with hub.quiet():
-            table = self._opened()
-            names = {
-                name: getattr(feature, "names", None) for name, feature in (table.features or {}).items()
-            }
-            found = iter(table.skip(first) if first else table)
             place = first
-            while True:
-                try:
-                    row = next(found)
-                except StopIteration:
-                    return
-                except Exception as error:  # each format's reader has its own family of errors
-                    cause = str(error.__cause__ or error).strip().splitlines()
-                    raise InputError(
-                        got=f"{self.what}, which cannot be read behind row {place}: {' '.join(cause[:1])}",
-                        allowed="readable files with UTF-8 text",
-                        key=KEY,
-                    ) from error
-                if self.only is None or row.get(self.only[0]) in self.only[1]:
-                    told = (self._name(row, place, meaning, names) for meaning in ("label", "domain"))
-                    yield Row(place, self._input(row, place) if inputs else None, *told)
-                place += 1
+            try:
+                table = self._opened()
+                for row in table.skip(first) if first else table:
+                    yield row
+                    place += 1
+            except (InputError, GeneratorExit):
+                raise
+            except Exception as error:  # each format's reader has its own family of errors
+                raise InputError(
+                    got=f"{self.what}, which cannot be read from row {place} on: "
+                    f"{cells.first_line(error.__cause__ or error)}",
+                    allowed="readable files with UTF-8 text",
+                    key=KEY,
+                ) from error
+
+    @cached_property
+    def names(self) -> dict[str, list[str]]:
+        """Of the classes of columns that hold their numbers."""
+        with hub.quiet():
+            features = self.open().features or {}
+        return {column: f.names for column, f in features.items() if getattr(f, "names", None)}
 
     def _opened(self) -> Any:
         if not self.of_images:
@@ -118,23 +129,23 @@ class Table:
         from datasets import Image
 
         try:
-            return hub.as_bytes(Image().decode_example(value))
+            return cells.as_bytes(Image().decode_example(value))
         except Exception as error:  # a decoder may fail in any way
-            lines = str(error).strip().splitlines() or [type(error).__name__]
             path = f" ({value['path']})" if isinstance(value, dict) and value.get("path") else ""
             raise InputError(
-                got=f"{self.what}: the image in row {place}{path} cannot be decoded: {lines[0]}",
+                got=f"{self.what}: the image in row {place}{path} cannot be decoded: "
+                f"{cells.first_line(error)}",
                 allowed="readable images",
                 key="stream.columns.input",
             ) from error
 
-    def _name(self, row: dict[str, Any], place: int, meaning: str, names: dict[str, Any]) -> str:
+    def _name(self, row: dict[str, Any], place: int, meaning: str) -> str:
         column = getattr(self.columns, meaning)
         if column is None:
             return ""
         value = self._cell(row, column, meaning)
-        if isinstance(value, int) and names.get(column):
-            return str(names[column][value])
+        if isinstance(value, int) and column in self.names:
+            return self.names[column][value]
         if isinstance(value, str | int):
             return str(value)
         raise self._odd(value, place, column, meaning, "a text or a whole number in every row")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cl_moe.errors import InputError
 from cl_moe.seeds import generator
-from tasks import hub
+from tasks import cells, hub
 from tasks.features import Categories, features_of
 from tasks.sources import folders
 
@@ -69,6 +69,7 @@ class Split:
         labels: names of classes, one per row; empty without.
         domains: one per row; empty without.
         categories: of input columns of texts beside others, by column.
+        places: of its rows in the file, for errors; None: they are all of it.
     """
 
     what: str
@@ -77,6 +78,7 @@ class Split:
     labels: list[str] = field(repr=False)
     domains: list[str] = field(repr=False)
     categories: Categories = field(default_factory=dict, repr=False)
+    places: Sequence[int] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.texts) if self.numbers is None else len(self.numbers)
@@ -174,7 +176,7 @@ class Source:
         if split is None and self.test_share is None and "split" in table.features:
             split = "split"
         if split is not None:
-            sides = hub.texts_of(table, split, what, key)
+            sides = cells.texts_of(table, split, what, key)
             tests = next((name for name in TESTS if name in sides), None)
             chosen = [
                 [row for row, side in enumerate(sides) if side == wanted] for wanted in ("train", tests)
@@ -199,30 +201,37 @@ class Source:
                 key="stream.source.test",
             )
         train, test = (table.select(rows) for rows in chosen)
-        learnt = read(train, columns, what)
-        return learnt, read(test, columns, f"{what}, test", learnt)
+        learnt = read(train, columns, what, None, chosen[0])
+        return learnt, read(test, columns, what, learnt, chosen[1])
 
 
-def read(table: Any, columns: Columns, what: str, like: Split | None = None) -> Split:
+def read(
+    table: Any, columns: Columns, what: str, like: Split | None = None, places: Sequence[int] | None = None
+) -> Split:
     """The columns of a table that a stream is made of; of test rows with ``like``, the training rows.
 
     Raises:
-        InputError: no rows, a missing column, a value that is missing or of a wrong kind (its row is named).
+        InputError: no rows, a missing column, a value that is missing or of a wrong kind (its row is named,
+            as one of the file where ``places`` says which it is).
     """
     if not len(table):
         raise InputError(got=f"{what} without rows", allowed="at least one", key="stream.source.path")
-    label = hub.texts_of(table, columns.label, what, "stream.columns.label") if columns.label else []
-    domain = hub.texts_of(table, columns.domain, what, "stream.columns.domain") if columns.domain else []
+
+    def names(meaning: str) -> list[str]:
+        column = getattr(columns, meaning)
+        return cells.texts_of(table, column, what, f"stream.columns.{meaning}", places) if column else []
+
+    label, domain = names("label"), names("domain")
     key, texts, numbers = "stream.columns.input", [], None
     categories: Categories = {}
     if not isinstance(columns.input, str):
         known = None if like is None else like.categories
-        numbers, categories = features_of(table, list(columns.input), what, key, known)
+        numbers, categories = features_of(table, list(columns.input), what, key, known, places)
     elif type(table.features.get(columns.input)).__name__ == "Image":
-        numbers = hub.pixels_of(table, columns.input, what, key)
+        numbers = cells.pixels_of(table, columns.input, what, key, places)
     else:
-        texts = hub.texts_of(table, columns.input, what, key)
-    return Split(what, texts, numbers, label, domain, categories)
+        texts = cells.texts_of(table, columns.input, what, key, places)
+    return Split(what, texts, numbers, label, domain, categories, places)
 
 
 def _drawn(groups: Sequence[Sequence[int]], share: float, seed: int) -> list[list[int]]:

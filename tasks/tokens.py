@@ -114,29 +114,51 @@ def encoded_rows(texts: Iterable[str], tokenizer: Bytes | BytePairs) -> Tensor:
 
 
 def padded(
-    texts: Sequence[str], tokenizer: Bytes | BytePairs, context: int, truncate: bool, what: str
+    texts: Sequence[str],
+    tokenizer: Bytes | BytePairs,
+    context: int,
+    truncate: bool,
+    what: str,
+    places: Sequence[int] | None = None,
 ) -> Tensor:
     """(n, S = context) int64: a text per row, padding behind its end.
 
+    Args:
+        texts: of the rows.
+        tokenizer: of the stream.
+        context: S.
+        truncate: whether longer texts are cut; if not, they are refused.
+        what: the table's name, for errors.
+        places: of the rows in their file; None: they are all of it.
+
     Raises:
-        InputError: an empty text, one with byte 0 (which is padding), or a longer one that may not be cut.
+        InputError: as ``check_text``.
     """
     tokens_nS = torch.full((len(texts), context), PADDING)
     for row, text in enumerate(texts):
-        if not text or "\x00" in text:
-            problem = "with byte 0" if text else "that is empty"
-            raise InputError(
-                got=f"{what}: a text {problem} in row {row}", allowed="text in every row", key="stream"
-            )
-        tokens = tokenizer.encode(text.encode())
-        if len(tokens) > context and not truncate:
-            raise InputError(
-                got=f"{what}: a text of {len(tokens)} tokens in row {row}",
-                allowed=f"stream.context of so many, or stream.truncate=true (cut after {context})",
-                key="stream.context or stream.truncate",
-            )
+        where = f"{what}, row {row if places is None else places[row]}"
+        tokens = check_text(text, tokenizer, None if truncate else context, where)
         tokens_nS[row, : len(tokens)] = tokens[:context]
     return tokens_nS
+
+
+def check_text(text: str, tokenizer: Bytes | BytePairs, most: int | None, where: str) -> Tensor:
+    """(N,) int64: the tokens of a labelled text.
+
+    Raises:
+        InputError: an empty text, one with byte 0 (which is padding), or one of more than ``most`` tokens.
+    """
+    if not text or "\x00" in text:
+        problem = "with byte 0" if text else "that is empty"
+        raise InputError(got=f"{where}: a text {problem}", allowed="text in every row", key="stream")
+    tokens = tokenizer.encode(text.encode())
+    if most is not None and len(tokens) > most:
+        raise InputError(
+            got=f"{where}: a text of {len(tokens)} tokens",
+            allowed=f"stream.context of so many, or stream.truncate=true (cut after {most})",
+            key="stream.context or stream.truncate",
+        )
+    return tokens
 
 
 def windows(text: bytes | Tensor, context: int) -> TensorDataset:

@@ -88,6 +88,16 @@ def test_a_bad_stream_is_told_in_one_message(
              "stream.tokenizer={kind:bpe,vocab_size:258}"),
             "model.vocabulary=258",
         ),
+        (
+            ("stream=hf", "model=mlp", "stream.source.path=a.csv", "stream.columns.label=kind",
+             "stream.source.test_share=.5", "stream.classes_per_experience=1", "stream.scenario=class"),
+            "model=encoder_classifier or model=decoder_classifier",
+        ),
+        (("model=encoder_classifier",), "model=mlp or model=patch_transformer"),
+        (
+            ("stream=permuted_mnist", "stream.num_experiences=1", "model=decoder_classifier"),
+            "inputs of shape (28, 28)",
+        ),
     ],
 )  # fmt: skip
 def test_what_a_run_would_fail_by_is_refused(

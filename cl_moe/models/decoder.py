@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cl_moe.layers.routing import Routing
 from cl_moe.models.base import Head
 from cl_moe.models.slots import LayerFactory
-from cl_moe.models.transformer import Blocks, Depth, TransformerBody, draw_tables, embed
+from cl_moe.models.transformer import Blocks, Depth, TransformerBody, context_length, draw_tables, embed
 
 
 class DecoderLM(TransformerBody):
@@ -54,7 +54,7 @@ class DecoderLM(TransformerBody):
         attention_slots: str | Sequence[str] = "none",
     ) -> None:
         super().__init__()
-        (self.context,) = input_shape
+        self.context = context_length(input_shape)
         self.tokens = nn.Embedding(num_classes, width)
         self.positions = nn.Embedding(self.context, width)
         self._add_blocks(

@@ -14,7 +14,7 @@ from cl_moe.layers.routing import Routing
 from cl_moe.models.base import Head
 from cl_moe.models.slots import LayerFactory
 from cl_moe.models.spans import SpanMasking
-from cl_moe.models.transformer import Blocks, Depth, TransformerBody, draw_tables, embed
+from cl_moe.models.transformer import Blocks, Depth, TransformerBody, context_length, draw_tables, embed
 from cl_moe.stream import IGNORE
 
 
@@ -63,7 +63,7 @@ class EncoderLM(TransformerBody):
         self.masking = SpanMasking(mask_share, span_length)
         self.mask_token = num_classes  # the one behind the vocabulary
         self.tokens = nn.Embedding(num_classes + 1, width)
-        self.positions = nn.Embedding(input_shape[0], width)
+        self.positions = nn.Embedding(context_length(input_shape), width)
         self._add_blocks(
             layer, Blocks(width, num_blocks, num_heads, ffn_hidden, slots, depth, attention_slots)
         )

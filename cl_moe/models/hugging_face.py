@@ -17,6 +17,7 @@ from cl_moe.layers.routing import Routing
 from cl_moe.models.base import ContinualModel, Head
 from cl_moe.models.foreign import ExpertSlot, collecting, put_experts
 from cl_moe.models.slots import LayerFactory
+from cl_moe.models.transformer import context_length
 
 
 class HuggingFaceLM(ContinualModel):
@@ -55,7 +56,7 @@ class HuggingFaceLM(ContinualModel):
         upcycle: bool = False,
     ) -> None:
         super().__init__()
-        (self.context,) = input_shape
+        self.context = context_length(input_shape)
         self.body = build_body(model_type, num_classes, self.context, _plain(config or {}))
         _check_causal(self.body, num_classes, self.context)
         width = int(self.body.config.hidden_size)  # type: ignore[union-attr, arg-type]

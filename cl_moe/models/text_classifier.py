@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cl_moe.layers.routing import Routing
 from cl_moe.models.base import Head
 from cl_moe.models.slots import LayerFactory
-from cl_moe.models.transformer import Blocks, Depth, TransformerBody, draw_tables, embed
+from cl_moe.models.transformer import Blocks, Depth, TransformerBody, context_length, draw_tables, embed
 
 PADDING = 0
 """The token behind the end of a text that is shorter than the context; byte 0 stands in no text."""
@@ -55,7 +55,7 @@ class TextClassifier(TransformerBody):
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
-        self.positions = nn.Embedding(input_shape[0], width)
+        self.positions = nn.Embedding(context_length(input_shape), width)
         self._add_blocks(
             layer, Blocks(width, num_blocks, num_heads, ffn_hidden, slots, depth, attention_slots)
         )

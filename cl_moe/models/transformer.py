@@ -50,6 +50,24 @@ class Blocks:
     attention_slots: str | Sequence[str] = "none"
 
 
+def context_length(input_shape: Sequence[int]) -> int:
+    """S of inputs (S,), the tokens of a text.
+
+    Raises:
+        InputError: other inputs.
+
+    >>> context_length((128,))
+    128
+    """
+    if len(input_shape) != 1:
+        raise InputError(
+            got=f"inputs of shape {tuple(input_shape)} for a model of texts",
+            allowed="model=mlp or model=patch_transformer, which take images; or a stream of texts",
+            key="model (or stream)",
+        )
+    return input_shape[0]
+
+
 class TransformerBody(ContinualModel):
     """A model made of transformer blocks. What comes before and behind them is the subclass's."""
 

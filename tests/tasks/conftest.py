@@ -6,10 +6,27 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 from torch.utils.data import TensorDataset
+
+from cl_moe.stream import Stream
+
+ELSEWHERE = {"intents": "clinc150.parquet", "split_fashion_mnist": "fashion_mnist_10k.npz"}
+QUICK = {
+    "hf": ["stream.columns.domain=domain"],
+    "arriving": [f"stream.files={Path(__file__).parents[2]}/tasks/data/bible_e*.parquet"],
+    "text_domains": ["stream.train_bytes=20000", "stream.test_bytes=5000"],
+    "text_languages": ["stream.train_bytes=20000", "stream.test_bytes=5000"],
+    "permuted_mnist": ["stream.num_experiences=2"],
+    "corrupted_mnist": ["stream.transform.corruptions=[clean,noise]"],
+    "coloured_mnist": ["stream.dataset=digits", "stream.transform.hues=[0,120]"],
+    "rotated_mnist": ["stream.transform.degrees=[0,20]"],
+}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -56,3 +73,19 @@ def with_data(named_data: str | None, monkeypatch: pytest.MonkeyPatch) -> Callab
         monkeypatch.setenv("CL_MOE_DATA", named_data)
 
     return need
+
+
+@pytest.fixture
+def build(
+    named_data: str | None, monkeypatch: pytest.MonkeyPatch, composed: Callable[..., DictConfig]
+) -> Callable[..., Stream]:
+    """``build("split_mnist", ...)``: the stream of a YAML; skips where its data are not at hand."""
+
+    def made(name: str, *overrides: str) -> Stream:
+        if name in ELSEWHERE:
+            if named_data is None:
+                pytest.skip(f"{name} needs {ELSEWHERE[name]} in CL_MOE_DATA")
+            monkeypatch.setenv("CL_MOE_DATA", named_data)
+        return instantiate(composed(f"stream={name}", *QUICK.get(name, []), *overrides).stream)
+
+    return made

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from cl_moe.stream import Stream
@@ -16,37 +16,10 @@ from cl_moe.stream import Stream
 FILES = sorted((Path(__file__).parents[2] / "conf" / "stream").glob("*.yaml"))
 NAMES = [path.stem for path in FILES]
 SEEDS = {"seed": "${seed.order}", "data_seed": "${seed.data}"}
-ELSEWHERE = {"intents": "clinc150.parquet", "split_fashion_mnist": "fashion_mnist_10k.npz"}
 CONTRACT = "split_digits permuted_digits split_mnist permuted_mnist rotated_mnist split_fashion_mnist"
 CONTRACT += " text_domains text_languages intents hf"
-QUICK = {
-    "hf": ["stream.columns.domain=domain"],
-    "arriving": [f"stream.files={Path(__file__).parents[2]}/tasks/data/bible_e*.parquet"],
-    "text_domains": ["stream.train_bytes=20000", "stream.test_bytes=5000"],
-    "text_languages": ["stream.train_bytes=20000", "stream.test_bytes=5000"],
-    "permuted_mnist": ["stream.num_experiences=2"],
-    "corrupted_mnist": ["stream.transform.corruptions=[clean,noise]"],
-    "coloured_mnist": ["stream.dataset=digits", "stream.transform.hues=[0,120]"],
-    "rotated_mnist": ["stream.transform.degrees=[0,20]"],
-}
 BY_NAME = ("arriving",)  # in the order of its files' names, whatever the seed
 Compose = Callable[..., DictConfig]
-
-
-@pytest.fixture
-def build(
-    named_data: str | None, monkeypatch: pytest.MonkeyPatch, composed: Compose
-) -> Callable[..., Stream]:
-    """``build("split_mnist", ...)``: the stream of a YAML; skips where its data are not at hand."""
-
-    def made(name: str, *overrides: str) -> Stream:
-        if name in ELSEWHERE:
-            if named_data is None:
-                pytest.skip(f"{name} needs {ELSEWHERE[name]} in CL_MOE_DATA")
-            monkeypatch.setenv("CL_MOE_DATA", named_data)
-        return instantiate(composed(f"stream={name}", *QUICK.get(name, []), *overrides).stream)
-
-    return made
 
 
 def test_the_streams_of_the_contract_are_there() -> None:
