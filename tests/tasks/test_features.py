@@ -64,9 +64,9 @@ def test_only_what_arrives_first_sets_the_scale(frame: pd.DataFrame, order: list
 @pytest.mark.parametrize(
     ("change", "words", "key", "got"),
     [
-        ({"colour": "grey"}, {}, "stream.columns.input", "'grey' in row 1 of 'colour'"),
-        ({"colour": None}, {}, "stream.columns.input", "None in row 1 of 'colour'"),
-        ({"x": np.inf}, {}, "stream.columns.input", "inf in row 1 of 'x'"),
+        ({"colour": "grey"}, {}, "stream.columns.input", "'grey' in row 5 of 'colour'"),
+        ({"colour": None}, {}, "stream.columns.input", "None in row 5 of 'colour'"),
+        ({"x": np.inf}, {}, "stream.columns.input", "inf in row 5 of 'x'"),
         ({}, {"standardize": 1}, "stream.columns.standardize", "1"),
         ({}, {"standardize": True, "input": "colour"}, "stream.columns.standardize", "True"),
         ({}, {"input": ["x", "z"]}, "stream.columns.input", "columns x"),

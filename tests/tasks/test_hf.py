@@ -269,6 +269,32 @@ def test_a_missing_value_is_named_by_its_row(frame: pd.DataFrame, column: str, r
         hf(source, columns, **CLASSES)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_that_is_no_utf8_inside_a_file_is_named(frame: pd.DataFrame, streaming: bool) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    texts = pa.array([b"fine", b"fine", b"caf\xe9"] * 2, type=pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"text": texts, "split": ["train", "test"] * 3}), "a.parquet")
+    with pytest.raises(InputError) as caught:
+        hf({"path": "a.parquet"}, {"input": "text"}, streaming=streaming)
+    assert caught.value.got.startswith("a.parquet")
+    assert streaming or "no UTF-8 text in row 2 of column 'text'" in caught.value.got
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("text", "word"), [("", "empty"), ("a\0b", "byte 0"), ("much too long", "13 tokens")]
+)
+def test_a_labelled_text_that_cannot_be_is_named_by_its_row(
+    frame: pd.DataFrame, text: str, word: str, streaming: bool
+) -> None:
+    frame.loc[21, "text"] = text
+    columns = {"input": "text", "label": "kind", "split": "split"}
+    with pytest.raises(InputError, match=rf"a\.parquet, row 21.*{word}"):
+        hf({"path": write(frame, "a.parquet")}, columns, **CLASSES, streaming=streaming)
+
+
 def test_a_class_on_one_side_only_is_refused(frame: pd.DataFrame) -> None:
     for gone, side in (("cow", "validation"), ("dog", "train")):
         part = frame[(frame.kind != gone) | (frame.split != side)]

@@ -263,6 +263,12 @@ def test_a_test_class_that_nobody_learns_is_refused(frame: pd.DataFrame) -> None
         )
 
 
+def test_a_class_that_nobody_tests_is_refused(frame: pd.DataFrame) -> None:
+    path = write(frame[(frame.kind != "cow") | (frame.split != "test")], "a.jsonl")
+    with pytest.raises(InputError, match=r"classes \[2\] of cow-dog without test examples"):
+        hf({"path": path}, {"label": "kind"}, "class", 2, streaming=True)
+
+
 def test_of_two_held_out_splits_one_is_tested_on(frame: pd.DataFrame) -> None:
     frame.loc[frame.index % 7 == 1, "split"] = "validation"
     path, words = write(frame, "a.jsonl"), {"columns": {"domain": "place"}, "context": 16}

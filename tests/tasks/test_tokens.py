@@ -93,7 +93,7 @@ def test_padding_stands_behind_a_text_only(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "what"), [([""], "empty"), (["ok", "\x00"], "byte 0"), (["too long for it"], "in row 0")]
+    ("texts", "what"), [([""], "empty"), (["ok", "\x00"], "byte 0"), (["too long for it"], "row 0")]
 )
 def test_texts_that_do_not_fit_are_named(texts: list[str], what: str) -> None:
     with pytest.raises(InputError, match=what):
