@@ -55,7 +55,7 @@ def boundary_line(record: Record, i: int) -> str:
         parts = ["before training" + ("" if math.isnan(mean) else f": mean {what} {mean:.3f}")]
     else:
         newest = _sign(record) * record.rows[i][i - 1].item()
-        parts = [f"{i}/{len(record.names)} {_cut(record.names[i - 1], 16)}: {what} {newest:.3f}"]
+        parts = [f"{i}/{len(record.names)} {_cut(record.names[i - 1], 24)}: {what} {newest:.3f}"]
         parts.append(f"average {points[f'stream/average_{what}']:.3f}")
         if "stream/forgetting" in points:
             parts.append(f"forgetting {points['stream/forgetting']:.3f}")

@@ -169,7 +169,13 @@ ORIGINAL: dict[str, Callable[[Stream], None]] = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+SLOW = ("corrupted_mnist", "rotated_mnist", "permuted_mnist", "split_fashion_mnist", "hf", "arriving")
+EVERY = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NAMES]
+)
+
+
+@EVERY
 def test_a_stream_is_its_source(name: str, build: Callable[..., Stream]) -> None:
     assert name in ORIGINAL, "a new stream says here what its source holds, read another way"
     ORIGINAL[name](build(name))
@@ -183,12 +189,7 @@ def fitting(made: Stream) -> Iterator[tuple[str, dict[str, Any]]]:
             yield title, options
 
 
-SLOW = ("corrupted_mnist", "rotated_mnist", "permuted_mnist", "split_fashion_mnist", "text_languages", "hf")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NAMES]
-)
+@EVERY
 def test_whatever_its_shape_its_rows_stay_on_their_side(
     name: str, build: Callable[..., Stream], rows: Any
 ) -> None:

@@ -18,6 +18,8 @@ NAMES = [path.stem for path in FILES]
 SEEDS = {"seed": "${seed.order}", "data_seed": "${seed.data}"}
 CONTRACT = "split_digits permuted_digits split_mnist permuted_mnist rotated_mnist split_fashion_mnist"
 CONTRACT += " text_domains text_languages intents hf"
+LARGE = ("permuted_mnist", "rotated_mnist", "corrupted_mnist", "split_fashion_mnist")
+"""Whole sets several times over; others like them are tested in every run."""
 BY_NAME = ("arriving",)  # in the order of its files' names, whatever the seed
 Compose = Callable[..., DictConfig]
 
@@ -65,7 +67,9 @@ def test_seeds_and_lists_order_it_and_the_same_seeds_give_the_same_tensors(
         assert all(a.equal(b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in NAMES]
+)
 def test_whatever_its_order_and_cut_its_examples_are_the_same(
     name: str, build: Callable[..., Stream], rows: Any
 ) -> None:
