@@ -200,9 +200,8 @@ class Source:
                 allowed="stream.source.test=FILE, stream.columns.split=COLUMN or stream.source.test_share=.2",
                 key="stream.source.test",
             )
-        train, test = (table.select(rows) for rows in chosen)
-        learnt = read(train, columns, what, None, chosen[0])
-        return learnt, read(test, columns, what, learnt, chosen[1])
+        learnt = read(table.select(chosen[0]), columns, what, None, chosen[0])
+        return learnt, read(table.select(chosen[1]), columns, what, learnt, chosen[1])
 
 
 def read(
@@ -221,9 +220,7 @@ def read(
         column = getattr(columns, meaning)
         return cells.texts_of(table, column, what, f"stream.columns.{meaning}", places) if column else []
 
-    label, domain = names("label"), names("domain")
-    key, texts, numbers = "stream.columns.input", [], None
-    categories: Categories = {}
+    key, texts, numbers, categories = "stream.columns.input", list[str](), None, Categories()
     if not isinstance(columns.input, str):
         known = None if like is None else like.categories
         numbers, categories = features_of(table, list(columns.input), what, key, known, places)
@@ -231,7 +228,7 @@ def read(
         numbers = cells.pixels_of(table, columns.input, what, key, places)
     else:
         texts = cells.texts_of(table, columns.input, what, key, places)
-    return Split(what, texts, numbers, label, domain, categories, places)
+    return Split(what, texts, numbers, names("label"), names("domain"), categories, places)
 
 
 def _drawn(groups: Sequence[Sequence[int]], share: float, seed: int) -> list[list[int]]:

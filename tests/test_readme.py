@@ -37,7 +37,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_commands_compose(command: str):
     overrides = [word for word in shlex.split(command)[1:] if word != "-m"]
-    first_of_sweep = [re.sub(r"=([^\[,]+),.*", r"=\1", word) for word in overrides]
+    first_of_sweep = [re.sub(r"=([^\[{,]+),.*", r"=\1", word) for word in overrides]
     with initialize_config_module("conf", version_base="1.3"):
         compose("config", first_of_sweep)
 
