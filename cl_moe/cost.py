@@ -21,6 +21,14 @@ _LOADED_LATE = ("pyarrow.dataset", "pyarrow.parquet", "torch.profiler", "torch.u
 """Libraries that the first row, fit or checkpoint of a process would load, and its later ones find."""
 
 
+def _fill_pools() -> None:
+    """Let pyarrow take what it keeps for its next table (6 MiB), as the first row of loads would."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"nothing": pa.array([0.0])}), pa.BufferOutputStream())
+
+
 def _held(data: TensorDataset) -> Sequence[Tensor]:
     """Tensors that a data set holds in memory."""
     return () if isinstance(data, Streamed) else data.tensors
@@ -56,6 +64,7 @@ class CostMeter:
         """
         for name in _LOADED_LATE:
             import_module(name)
+        _fill_pools()
         data = [t for e in experiences for part in (e.train, e.test) for t in _held(part)]
         self.peak.start(storage_bytes([*data, *self.learner.model.state_dict().values()]))
 

@@ -33,9 +33,9 @@ class StreamProgress:
         self, names: Sequence[str], steps: Sequence[int], console: Console | None = None, mute: bool = False
     ) -> None:
         self.names, self.steps = list(names), list(steps)
-        self.console = console or _Console(stderr=True, quiet=mute)
+        self.console = console or _Console(stderr=True, quiet=mute, emoji=False)
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # a name may hold square brackets
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("steps, left"),

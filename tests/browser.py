@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-CHARTS = "#/experiments/{experiment}/runs?compareRunsMode=CHART&viewStateShareKey=arms"
+CHARTS = "#/experiments/{experiment}/runs?compareRunsMode=CHART&viewStateShareKey={view}"
 _LINE = re.compile(r'class="js-line"[^>]*? d="([^"]*)"')
+_STROKE = re.compile(r'class="js-line"[^>]*? style="[^"]*?stroke: rgb\((\d+), (\d+), (\d+)\)')
 _CURVE = re.compile(r'<path(?=[^>]*class="curve")[^>]*? d="([^"]*)"')
 
 
@@ -56,6 +57,11 @@ def picture(url: str, path: Path, size: tuple[int, int] = (1600, 1400), seconds:
 def curves(page: str) -> list[int]:
     """How many points each curve of a page has: MLflow's charts (plotly) and those of a report."""
     return [len(re.findall("[ML]", path)) for path in [*_LINE.findall(page), *_CURVE.findall(page)]]
+
+
+def strokes(page: str) -> set[str]:
+    """The colours of MLflow's curves: ``#882255``."""
+    return {"#" + bytes(map(int, found)).hex() for found in _STROKE.findall(page)}
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def shrink(source: Path, target: Path, box: tuple[int, int, int, int] | None = N
 
 def show_only(client: MlflowClient, experiment: str, charts: str) -> str:
     """The prepared view with those charts alone whose names match; returns its name."""
-    state = json.loads(client.get_experiment(experiment).tags["mlflow.sharedViewState.arms"])
+    state = json.loads(client.get_experiment(experiment).tags["mlflow.sharedViewState.runs"])
     text = json.dumps({**state, "chartsSearchFilter": charts})
     client.set_experiment_tag(experiment, "mlflow.sharedViewState.picture", text)
     return "picture"
@@ -53,7 +53,7 @@ def main(experiment: str, images: Path) -> None:
     with tempfile.TemporaryDirectory() as place, mlflow_server(uri) as address:
         shot = Path(place) / "shot.png"
         view = show_only(MlflowClient(uri), found.experiment_id, "loss/|stream/")
-        url = address + CHARTS.format(experiment=found.experiment_id).replace("Key=arms", f"Key={view}")
+        url = address + CHARTS.format(experiment=found.experiment_id, view=view)
         picture(url, shot, (1600, 1300), 120)
         shrink(shot, images / "chart_view.png", (LEFT, 0, RIGHT, 1300))
         picture((comparison / "report.html").absolute().as_uri(), shot, (1300, 1500), 30)

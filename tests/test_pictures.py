@@ -10,6 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from mlflow import MlflowClient
 
 from cl_moe.tracking import compare
 
@@ -59,14 +60,18 @@ def not_blank(path: Path) -> bool:
 @needs_chromium
 def test_mlflows_chart_view_draws_the_curves_of_a_sweep(swept: Path, tmp_path: Path):
     with browser.mlflow_server(f"sqlite:///{swept}/mlflow.db") as address:
-        url = address + browser.CHARTS.format(experiment=1)
+        url = address + browser.CHARTS.format(experiment=1, view="arms")
         page = browser.document(url)
         assert "accuracy/experience_00" in page
         assert "Group by: arm" in page
         shot = browser.picture(url, tmp_path / "charts.png")
+        each = browser.document(address + browser.CHARTS.format(experiment=1, view="runs"))
     drawn = browser.curves(page)
     assert len([points for points in drawn if points == 4]) >= 6, "two arms over three experiences"
     assert not_blank(shot)
+    assert len([points for points in browser.curves(each) if points == 4]) >= 12, "and two seeds"
+    runs = MlflowClient(f"sqlite:///{swept}/mlflow.db").search_runs(["1"], "tags.sweep != 'none'")
+    assert browser.strokes(each) == {run.data.tags["mlflow.runColor"] for run in runs}, "a colour per arm"
 
 
 @pytest.mark.slow
@@ -80,7 +85,9 @@ def test_the_report_draws_its_curves_from_a_file(swept: Path, tmp_path: Path):
 
 
 def test_curves_are_told_from_frames():
-    page = '<path class="js-line" style="a" d="M1,2L3,4L5,6"></path><path class="axis" d="M1,2L3,4"></path>'
+    page = '<path class="js-line" style="fill: none; stroke: rgb(136, 34, 85);" d="M1,2L3,4L5,6"></path>'
+    page += '<path class="axis" d="M1,2L3,4"></path>'
     page += '<path d="M0 1L2 3" fill="none" class="curve"></path><path d="M0 4H26"></path>'
     assert browser.curves(page) == [3, 2]
+    assert browser.strokes(page) == {"#882255"}
     assert browser.curves("<p>No charts in this section</p>") == []

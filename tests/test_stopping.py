@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from cl_moe import launch, stopping
 from cl_moe.errors import InputError, RunFailedError, StopRequestedError
@@ -131,3 +132,16 @@ def test_a_run_goes_on_when_nobody_reads_its_progress(monkeypatch: pytest.Monkey
             progress.tick()
         progress.console.print("a table")
     assert progress.done == 3
+
+
+def test_names_are_shown_as_they_are():
+    drawn = io.StringIO()
+    progress = StreamProgress(
+        ["[/b] :cat:"], [2], Console(file=drawn, force_terminal=True, width=100, emoji=False)
+    )
+    with progress:
+        progress.open(0)
+        progress.say("[/b] :dog:")
+    assert "experience 1/1 [/b] :cat:" in drawn.getvalue()
+    assert "[/b] :dog:" in drawn.getvalue()
+    assert StreamProgress(["a"], [1]).console.render_str(":cat:").plain == ":cat:"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, final
 
 from cl_moe.errors import InputError
 from cl_moe.tracking import store, sweeps
+from cl_moe.tracking.colours import COLOUR, colour
 from cl_moe.tracking.entries import Closing, Entry, File, Point, Tag
 from cl_moe.tracking.outbox import OUTBOX, RUN_ID_FILE, Outbox
 from cl_moe.tracking.store import check_name, cut
@@ -201,7 +202,7 @@ def described(params: Mapping[str, object], tags: Mapping[str, str]) -> tuple[di
         check_name(key, "param or tag")
     labels = {key: cut(value) for key, value in tags.items()} | {"status": "running"}
     if "arm" in params:
-        labels["mlflow.runColor"] = sweeps.colour(str(params["arm"]))
+        labels[COLOUR] = colour(str(params["arm"]))
     return {key: cut(str(value)) for key, value in params.items()}, labels
 
 

@@ -1,4 +1,4 @@
-"""The runs of one sweep in MLflow: one parent above them, a colour of its own for every arm.
+"""The runs of one sweep in MLflow: one parent above them, and charts that show what is below it.
 
 The parent holds neither params nor metrics, and not the tag ``sweep``: whoever counts or groups runs finds
 the jobs. It is known by a token in the sweep's folder, so that jobs that start together, or one that is
@@ -7,7 +7,6 @@ resumed a week later, find the same one, and a store that begins anew gets its o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import secrets
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cl_moe.files import regular, write_atomically
+from cl_moe.tracking.colours import COLOUR, GREY, own_colour
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,31 +26,18 @@ PARENT = "mlflow.parentRunId"
 SWEEP_PARENT = "sweep_parent"
 """The tag that a sweep's parent has, and no other run."""
 TOKEN_FILE = "mlflow_sweep"
-VIEW = "arms"
-"""Name of the prepared chart view: ``#/experiments/1/runs?compareRunsMode=CHART&viewStateShareKey=arms``."""
-COLOUR = "mlflow.runColor"
-_COLOURS_TAG = "sweep_colours"
+VIEWS = {"arms": True, "runs": False}
+"""The prepared chart views, ``#/experiments/1/runs?compareRunsMode=CHART&viewStateShareKey=arms``: their names,
+and whether charts draw groups."""
 _LOCK_SECONDS = 300.0  # as for a fresh store
 _WORST_FIRST = ("RUNNING", "FAILED", "KILLED")
-# Paul Tol's "muted" scheme: told apart with any common colour blindness
-_COLOURS = ["#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499"]
-_GREY = "#bbbbbb"
-
-
-def colour(arm: str) -> str:
-    """The colour of an arm in MLflow's charts: the same in every run and on every machine.
-
-    >>> colour("naive") == colour("naive")
-    True
-    """
-    return _COLOURS[int.from_bytes(_digest(arm)[:4]) % len(_COLOURS)]
 
 
 @contextmanager
 def place(
     client: MlflowClient, experiment: str, folder: Path | None, tags: Mapping[str, str], arm: str
 ) -> Iterator[dict[str, str]]:
-    """The tags of a run to be made: below its sweep's parent, in a colour that no other arm there has.
+    """The tags of a run to be made: below its sweep's parent, in the colour of its arm.
 
     Args:
         client: of the store.
@@ -63,7 +50,7 @@ def place(
         The tags; the run is made in the block, while other jobs of the sweep wait.
     """
     if folder is None or PARENT in tags:
-        yield dict(tags)
+        yield {**tags, COLOUR: own_colour(client, experiment, None, arm)} if arm else dict(tags)
         return
     from filelock import FileLock
 
@@ -72,7 +59,7 @@ def place(
         parent = _parent(client, experiment, folder, tags.get("sweep", folder.name))
         if parent.info.status != "RUNNING":
             client.update_run(parent.info.run_id, status="RUNNING")
-        yield {**tags, PARENT: parent.info.run_id, COLOUR: _own_colour(client, parent, arm)}
+        yield {**tags, PARENT: parent.info.run_id, COLOUR: own_colour(client, experiment, parent, arm)}
 
 
 def settle(client: MlflowClient, run_id: str) -> None:
@@ -100,17 +87,20 @@ def settle(client: MlflowClient, run_id: str) -> None:
         client.set_terminated(parent.info.run_id, status)
 
 
-def offer_view(client: MlflowClient, experiment: str) -> None:
-    """Prepares a chart view of the experiment that is grouped by arm; one that is there stays as it is.
+def offer_views(client: MlflowClient, experiment: str) -> None:
+    """Prepares chart views of the experiment, grouped by arm; one that is there stays as it is.
 
     MLflow folds the jobs of a sweep away below their parent, and draws what is not folded away: nothing. In
-    groups it draws them all.
+    groups it draws them all: ``arms`` as their means and bands, in colours of MLflow's choice, ``runs`` one
+    by one, each in the colour of its arm.
     """
-    key = f"mlflow.sharedViewState.{VIEW}"
-    if key not in client.get_experiment(experiment).tags:
-        group = {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "arm"}]}
-        state = {"groupBy": group, "runsHiddenMode": "FIRST_20_RUNS"}
-        client.set_experiment_tag(experiment, key, json.dumps(state))
+    known = client.get_experiment(experiment).tags
+    group = {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "arm"}]}
+    for name, grouped in VIEWS.items():
+        key = f"mlflow.sharedViewState.{name}"
+        state = {"groupBy": group, "runsHiddenMode": "FIRST_20_RUNS", "useGroupedValuesInCharts": grouped}
+        if key not in known:
+            client.set_experiment_tag(experiment, key, json.dumps(state))
 
 
 def _parent(client: MlflowClient, experiment: str, folder: Path, name: str) -> Run:
@@ -119,7 +109,7 @@ def _parent(client: MlflowClient, experiment: str, folder: Path, name: str) -> R
     made = client.search_runs([experiment], f"tags.{SWEEP_PARENT} = '{token}'", max_results=1)
     if made:
         return made[0]
-    return client.create_run(experiment, run_name=name, tags={SWEEP_PARENT: token, COLOUR: _GREY})
+    return client.create_run(experiment, run_name=name, tags={SWEEP_PARENT: token, COLOUR: GREY})
 
 
 def _token(file: Path) -> str:
@@ -132,24 +122,3 @@ def _token(file: Path) -> str:
     token = secrets.token_hex(16)
     write_atomically(file, f"{token}\n".encode())
     return token
-
-
-def _own_colour(client: MlflowClient, parent: Run, arm: str) -> str:
-    """The arm's own colour, or the next one that no other arm of the sweep has, while there are such."""
-    run_id, key = parent.info.run_id, _digest(arm).hex()[:8]
-    try:
-        taken = dict(json.loads(client.get_run(run_id).data.tags.get(_COLOURS_TAG, "{}")))
-    except (ValueError, TypeError):
-        taken = {}
-    if key in taken:
-        return str(taken[key])
-    begin = _COLOURS.index(colour(arm))
-    free = [one for one in (*_COLOURS[begin:], *_COLOURS[:begin]) if one not in taken.values()]
-    chosen = free[0] if free else colour(arm)
-    if free:
-        client.set_tag(run_id, _COLOURS_TAG, json.dumps({**taken, key: chosen}))
-    return chosen
-
-
-def _digest(arm: str) -> bytes:
-    return hashlib.sha256(arm.encode(errors="replace")).digest()

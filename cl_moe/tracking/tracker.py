@@ -15,6 +15,7 @@ from cl_moe import stopping
 from cl_moe.errors import InputError
 from cl_moe.files import write_atomically
 from cl_moe.tracking import store, sweeps
+from cl_moe.tracking.colours import COLOUR
 from cl_moe.tracking.courier import (
     SLOW,
     Backoff,
@@ -95,7 +96,7 @@ class MLflowTracker(Tracker):
         self._outbox = Outbox(folder, self.run_id)
         write_atomically(folder / RUN_ID_FILE, f"{self.run_id}\n".encode())
         start.unlink()
-        labels.pop(sweeps.COLOUR, None)  # its sweep may have given it another
+        labels.pop(COLOUR, None)  # it has the one that no other arm has
         must(self.uri, lambda: log_params(client, self.run_id, text, labels))
         self._goes_to(client, known=False)
         return self.run_id
@@ -196,7 +197,7 @@ class MLflowTracker(Tracker):
         made = client.search_runs([experiment], f"tags.{START_TAG} = '{tags[START_TAG]}'", max_results=1)
         if made:
             return str(made[0].info.run_id)
-        sweeps.offer_view(client, experiment)
+        sweeps.offer_views(client, experiment)
         with sweeps.place(client, experiment, sweep, tags, arm) as labels:
             return str(client.create_run(experiment, run_name=name, tags=labels).info.run_id)
 

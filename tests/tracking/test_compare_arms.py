@@ -39,6 +39,10 @@ def test_baseline() -> None:
     assert choose_baseline([grow], None) is grow
     assert choose_baseline([grow, static], "grow") is grow
     assert choose_baseline([grow], "naive") is None
+    alone, plain, other = arms_of(
+        [run_of("first try"), *(run_of("dense", init=seed) for seed in (1, 2)), run_of("moe", init=2)]
+    )
+    assert choose_baseline([alone, plain, other], None) is plain, "it has a partner, the first has none"
 
 
 def test_another_cut_is_another_stream_and_another_order_is_not() -> None:

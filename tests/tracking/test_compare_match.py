@@ -58,7 +58,10 @@ def test_a_baseline_that_costs_nothing_is_matched_by_nothing_else() -> None:
 
 def test_who_is_cheaper_than_the_baseline_is_taken_at_its_end_and_marked() -> None:
     arms = arms_of(
-        [run_of(arm, k, metrics={"cost/seconds": 8.0}) for arm in ("naive", "cheap") for k in (0, 1)]
+        [
+            *(run_of(arm, k, metrics={"cost/seconds": 8.0}) for arm in ("naive", "cheap") for k in (0, 1)),
+            run_of("lonely", 2, metrics={"cost/seconds": 8.0}),
+        ]
     )
     rows = np.array([0.0, 0.5, 1.0])
     curves = {run.run_id: (rows * 8, rows) for run in arms[0].runs}
@@ -74,4 +77,5 @@ def test_who_is_cheaper_than_the_baseline_is_taken_at_its_end_and_marked() -> No
     )  # losses: the sign is turned
     console = Console(file=io.StringIO(), width=100)
     console.print(match_table(one, Match("cost/seconds")))
+    assert "—*" not in console.file.getvalue(), "the lonely arm has no score to be marked"  # type: ignore[attr-defined]
     assert "-0.500*" in console.file.getvalue()  # type: ignore[attr-defined]

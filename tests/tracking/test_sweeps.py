@@ -1,4 +1,4 @@
-"""The runs of a sweep stand below one parent in MLflow, each arm in a colour of its own."""
+"""The runs of a sweep stand below one parent in MLflow; each arm of an experiment has a colour of its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from cl_moe.tracking import figures, store, sweeps
+from cl_moe.tracking.colours import COLOUR, colour
 from cl_moe.tracking.tracker import MLflowTracker
 
 SMALL = ("trainer.epochs=1", "stream.tune_on_first=2", "model.width=16", "hydra.sweep.dir=sweep")
@@ -157,30 +158,43 @@ def test_a_damaged_token_is_replaced(uri: str, tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere").read_text() == "' OR 1=1"
 
 
-def test_nine_arms_of_a_sweep_have_nine_colours_the_same_over_seeds(uri: str, tmp_path: Path) -> None:
-    arms = [f"arm {number}" for number in range(9)]
-    for number in range(18):
-        job(uri, tmp_path / "sweep", number, arm=arms[number % 9])
-    found: dict[str, set[str]] = {arm: set() for arm in arms}
+def colours_of(uri: str) -> dict[str, set[str]]:
+    """``{arm: the colours of its runs}``."""
+    found: dict[str, set[str]] = {}
     for run in all_runs(uri):
         if sweeps.SWEEP_PARENT not in run.data.tags:
-            found[run.data.params["arm"]].add(run.data.tags[sweeps.COLOUR])
+            found.setdefault(run.data.params["arm"], set()).add(run.data.tags[COLOUR])
+    return found
+
+
+def test_thirteen_arms_have_thirteen_colours_the_same_over_seeds_and_sweeps(uri: str, tmp_path: Path) -> None:
+    arms = [f"arm {number}" for number in range(13)]
+    for number in range(17):
+        job(uri, tmp_path / ("sweep" if number < 9 else "another"), number, arm=arms[number % 13])
+    (tmp_path / "alone").mkdir()
+    alone = MLflowTracker(uri)
+    alone.start(tmp_path / "alone", "a run", {"arm": "arm 5"}, {})
+    found = colours_of(uri)
     assert all(len(colours) == 1 for colours in found.values())
-    assert len(set.union(*found.values())) == 9
-    assert found["arm 0"] == {sweeps.colour("arm 0")}, "the first has the colour that it has alone"
-    tenth = job(uri, tmp_path / "sweep", 18, arm="one more")
-    assert tenth.client.get_run(tenth.run_id).data.tags[sweeps.COLOUR] == sweeps.colour("one more")
+    assert len(set.union(*found.values())) == 13
+    assert found["arm 0"] == {colour("arm 0")}, "the first has the colour that it has alone"
+    for number in range(14):
+        job(uri, tmp_path / "third", number, arm=f"late arm {number}")
+    late = [*set.union(*(colours for arm, colours in colours_of(uri).items() if arm.startswith("late")))]
+    assert len(late) == 13, "where an experiment has used up all, the arms of a sweep still differ"
+    assert colours_of(uri)["late arm 13"] == {colour("late arm 13")}
 
 
-def test_the_prepared_view_is_grouped_by_arm_and_left_alone(uri: str, tmp_path: Path) -> None:
+def test_the_prepared_views_are_grouped_by_arm_and_left_alone(uri: str, tmp_path: Path) -> None:
     client = job(uri, tmp_path / "sweep", 0).client
     (experiment,) = [one for one in client.search_experiments() if one.name == "cl-moe"]
-    key = f"mlflow.sharedViewState.{sweeps.VIEW}"
-    (group,) = json.loads(experiment.tags[key])["groupBy"]["groupByKeys"]
-    assert group == {"mode": "param", "groupByData": "arm"}
-    client.set_experiment_tag(experiment.experiment_id, key, "mine")
+    for name, means in {"arms": True, "runs": False}.items():
+        view = json.loads(experiment.tags[f"mlflow.sharedViewState.{name}"])
+        assert view["groupBy"]["groupByKeys"] == [{"mode": "param", "groupByData": "arm"}]
+        assert view["useGroupedValuesInCharts"] is means
+    client.set_experiment_tag(experiment.experiment_id, "mlflow.sharedViewState.arms", "mine")
     job(uri, tmp_path / "sweep", 1)
-    assert client.get_experiment(experiment.experiment_id).tags[key] == "mine"
+    assert client.get_experiment(experiment.experiment_id).tags["mlflow.sharedViewState.arms"] == "mine"
 
 
 @pytest.mark.slow
@@ -196,7 +210,7 @@ def test_a_sweep_of_the_command_line(
     jobs = [run for run in all_runs(uri) if run.data.tags.get(sweeps.PARENT) == parent.info.run_id]
     assert len(jobs) == 4
     assert (parent.info.status, parent.info.run_name) == ("FINISHED", "sweep")
-    assert len({(run.data.params["arm"], run.data.tags[sweeps.COLOUR]) for run in jobs}) == 2
+    assert len({(run.data.params["arm"], run.data.tags[COLOUR]) for run in jobs}) == 2
     assert command(*words).status == 0, "all are finished"
     assert len(all_runs(uri)) == 5
     assert status(uri) == "FINISHED"

@@ -81,8 +81,9 @@ def by_stream(
         raise InputError(got="no key", allowed="at least one param or tag", key="--group-by")
     for key in keys:
         if not any(key in run.about for run in runs):
-            known = sorted({name for run in runs for name in run.about if not name.startswith("mlflow.")})
-            raise InputError(got=f"the key {key!r}", allowed=", ".join(known) or "none", key="--group-by")
+            known = {name for run in runs for name in run.about if not name.startswith("mlflow.")}
+            told = sorted(name for name in known if not name.endswith(("_target_", "_partial_")))
+            raise InputError(got=f"the key {key!r}", allowed=", ".join(told) or "none", key="--group-by")
     context, kinds = context_of(keys), _kinds(runs)
     titles, notes = _titles(kinds)
     newest, doubles = _newest(runs, kinds, keys, context)
@@ -147,11 +148,19 @@ def without_common_words(arms: Sequence[Arm]) -> tuple[list[Arm], str]:
 
 
 def choose_baseline(arms: Sequence[Arm], name: str | None) -> Arm | None:
-    """The arm of that name, None if it is not there; without a name plain training, else the first arm."""
+    """The arm of that name, None if it is not there; without a name plain training, else any arm.
+
+    Of several the one called ``naive``, else the first of those that share most pairs with other arms.
+    """
     if name is not None:
         return next((arm for arm in arms if name in (arm.name, arm.full)), None)
-    plain = [arm for arm in arms if all(_is_plain(run) for run in arm.runs)]
-    return next((arm for arm in plain if arm.name == "naive"), (plain or list(arms))[0])
+    plain = [arm for arm in arms if all(_is_plain(run) for run in arm.runs)] or list(arms)
+    pairs = {arm.name: {run.pair(arm.context) for run in arm.runs} for arm in arms}
+
+    def shared(arm: Arm) -> int:
+        return sum(len(pairs[arm.name] & theirs) for name, theirs in pairs.items() if name != arm.name)
+
+    return next((arm for arm in plain if arm.name == "naive"), max(plain, key=shared))
 
 
 def notes_on(arms: Sequence[Arm], baseline: Arm | None, metric: str) -> list[str]:

@@ -122,7 +122,7 @@ def _print(result: Result, uri: str, match: Match | None) -> None:
     from cl_moe.tracking.compare.table import cost_table, difference_table, score_table, variance_table
 
     # a pipe has no width: 100 columns read well in a log too
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100)
     for one in result.comparisons:
         console.print(score_table(one))
         console.print(difference_table(one))
@@ -134,15 +134,19 @@ def _print(result: Result, uri: str, match: Match | None) -> None:
     for note in result.notes:
         console.print(f"- {note}", markup=False)
     console.print("Written:", *map(str, result.files), sep="\n  ", markup=False, soft_wrap=True)
-    _print_server(console, uri)
+    _print_server(console, uri, result.experiment_id)
 
 
-def _print_server(console: Console, uri: str) -> None:
-    if not uri.startswith("sqlite"):
-        console.print(f"Open MLflow: {uri}", markup=False, soft_wrap=True)
-        return
-    program = Path(sys.executable).with_name("mlflow")
-    command = str(program) if program.exists() else "mlflow"
-    command = os.path.relpath(command) if program.is_relative_to(Path.cwd()) else command
-    command += f" server --backend-store-uri {shlex.quote(uri)} --host 127.0.0.1 --port 5000"
-    console.print(f"Open MLflow at http://127.0.0.1:5000 with:\n  {command}", markup=False, soft_wrap=True)
+def _print_server(console: Console, uri: str, experiment: str) -> None:
+    """How to open MLflow, and the charts that each run prepares there (``cl_moe.tracking.sweeps.VIEWS``)."""
+    address, lines = uri.rstrip("/"), [f"Open MLflow: {uri}"]
+    if uri.startswith("sqlite"):
+        address = "http://127.0.0.1:5000"
+        program = Path(sys.executable).with_name("mlflow")
+        command = str(program) if program.exists() else "mlflow"
+        command = os.path.relpath(command) if program.is_relative_to(Path.cwd()) else command
+        command += f" server --backend-store-uri {shlex.quote(uri)} --host 127.0.0.1 --port 5000"
+        lines = [f"Open MLflow at {address} with:\n  {command}"]
+    view = f"{address}/#/experiments/{experiment}/runs?compareRunsMode=CHART&viewStateShareKey="
+    lines.append(f"Charts of the arms' means (runs in place of arms at the end: of every run):\n  {view}arms")
+    console.print(*lines, sep="\n", markup=False, soft_wrap=True)

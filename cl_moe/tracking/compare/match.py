@@ -212,7 +212,8 @@ def match_table(one: Comparison, match: Match) -> Table:
             short(row.metrics[average].mean if average in row.metrics else _NONE),
         ]
         if adds_up:
-            cells += [short(found.score) + ("" if found.spent_all else "*"), signed(found.difference)]
+            ended = found.pairs and not found.spent_all
+            cells += [short(found.score) + ("*" if ended else ""), signed(found.difference)]
             is_base = row.difference is None
             cells.append("" if is_base else interval_text(found.interval, found.pairs, found.few))
         table.add_row(*(Text(cell, style="bold" if found.within else "") for cell in (row.arm, *cells)))

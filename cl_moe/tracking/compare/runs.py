@@ -126,10 +126,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was found: runs that count, and notes on those that do not."""
+    """What was found: runs that count, notes on those that do not, and the experiment's id."""
 
     runs: list[Run]
     notes: list[str]
+    experiment_id: str = ""
 
 
 def read_runs(client: MlflowClient, experiment: str, sweep: str | None = None) -> Selection:
@@ -172,7 +173,7 @@ def read_runs(client: MlflowClient, experiment: str, sweep: str | None = None) -
         )
     notes = [f"Left out, since they are not finished: {left}."] if left else []
     notes += [f"Left out, since they reproduce another run: {again}."] if again else []
-    return Selection(finished, notes)
+    return Selection(finished, notes, found.experiment_id)
 
 
 def lower_is_better(key: str) -> bool:

@@ -132,7 +132,10 @@ def compare_arms(
 def score_table(one: Comparison) -> Table:
     """Scores, forgetting and transfers: mean ± standard deviation; the best mean of a column is bold."""
     keys = [key for key in one.rows[0].metrics if not key.startswith(("cost/", "experts/"))]
-    table = table_of(f"{one.stream}: mean ± std over seeds x orders")
+    # so many columns would break the words of names; numbers break before ±
+    words = [word for row in one.rows for word in row.arm.split(" ")]
+    width = min(max(map(len, words)), 18) if max(len(row.arm) for row in one.rows) > 18 else None
+    table = table_of(f"{one.stream}: mean ± std over seeds x orders", width)
     table.add_column("runs", justify="right")
     return _fill(table, one, keys[:6], lambda row: [f"{row.seeds}x{row.orders}"], _plus_minus)
 
@@ -249,8 +252,8 @@ def best(one: Comparison, key: str) -> float | None:
     return min(means) if lower_is_better(key) else max(means)
 
 
-def table_of(title: str) -> Table:
-    """An empty table with a column for the arm."""
+def table_of(title: str, width: int | None = None) -> Table:
+    """An empty table with a column for the arm, of this width, or of what the others leave."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -258,7 +261,7 @@ def table_of(title: str) -> Table:
     table = Table(
         title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False
     )
-    table.add_column("arm", overflow="fold", min_width=10)
+    table.add_column("arm", overflow="fold", min_width=10, width=width)
     return table
 
 

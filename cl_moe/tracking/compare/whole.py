@@ -24,11 +24,12 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 
 
 class Result(NamedTuple):
-    """A comparison per stream, the files that were written, and notes on what was left out."""
+    """A comparison per stream, the files that were written, notes on what was left out, MLflow's number."""
 
     comparisons: list[Comparison]
     files: list[Path]
     notes: list[str]
+    experiment_id: str
 
 
 class View(NamedTuple):
@@ -102,7 +103,7 @@ def compare(
     for view in views:
         title = f"{view.comparison.stream}: " if len(views) > 1 else ""
         notes += [title + note for note in view.notes]
-    return Result([view.comparison for view in views], files, notes)
+    return Result([view.comparison for view in views], files, notes, selection.experiment_id)
 
 
 def _view(
@@ -153,7 +154,9 @@ def _weak(one: Comparison) -> list[str]:
     from cl_moe.tracking.compare.statistics import FEW_PAIRS
 
     notes = []
-    if any(row.difference is not None and row.difference.pairs and row.difference.few for row in one.rows):
+    if any(
+        row.difference is not None and row.difference.pairs > 1 and row.difference.few for row in one.rows
+    ):
         notes.append(
             f"~: Student's interval, since fewer than {FEW_PAIRS} pairs (or orders, or seeds) are too few "
             "for a bootstrap; p of fewer than 6 pairs that do not cross cannot be under .05."
@@ -169,16 +172,17 @@ def _weak(one: Comparison) -> list[str]:
 def _check(
     streams: dict[str, list[Arm]], metric: str | None, baseline: str | None, match: Match | None
 ) -> None:
+    from cl_moe.tracking.compare.runs import shortened
+
     arms = [arm for found in streams.values() for arm in found]
     known = sorted({key for arm in arms for run in arm.runs for key in run.metrics})
     for option, key in (("--metric", metric), ("--match", match.key if match else None)):
         if key is not None and key not in known:
             kind = "cost/" if option == "--match" else "stream/"
-            near = get_close_matches(key, known, n=5, cutoff=0.6)
-            shown = near or [name for name in known if name.startswith(kind)] or known
-            raise InputError(
-                got=f"the metric {key!r}, which no run has", allowed=", ".join(shown) or "none", key=option
-            )
+            near = get_close_matches(key, known, n=3, cutoff=0.6)
+            others = [name for name in known if name.startswith(kind) and name not in near]
+            allowed = shortened([*near, *(others or known)], 12) or "none"
+            raise InputError(got=f"the metric {key!r}, which no run has", allowed=allowed, key=option)
     names = list(dict.fromkeys(arm.name for arm in arms))
     shown_names = {one.name for found in streams.values() for one in _named(found)}
     if baseline is not None and baseline not in {*names, *shown_names}:
