@@ -27,8 +27,8 @@ SWEEP_PARENT = "sweep_parent"
 """The tag that a sweep's parent has, and no other run."""
 TOKEN_FILE = "mlflow_sweep"
 VIEWS = {"arms": True, "runs": False}
-"""The prepared chart views, ``#/experiments/1/runs?compareRunsMode=CHART&viewStateShareKey=arms``: their names,
-and whether charts draw groups."""
+"""The prepared chart views (``#/experiments/1/runs?compareRunsMode=CHART&viewStateShareKey=arms``), and
+whether they draw groups."""
 _LOCK_SECONDS = 300.0  # as for a fresh store
 _WORST_FIRST = ("RUNNING", "FAILED", "KILLED")
 

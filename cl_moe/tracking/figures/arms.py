@@ -67,7 +67,8 @@ def compare_curves(
         for arm, stack in stacks.items():
             _band(axes, stack[:, :, j], 0, *looks[arm], alpha=faint)
         axes.axvline(j + 1, color=style.MUTED, lw=0.8, ls=":")
-        style.plain(axes, f"{j + 1}: {style.shorten(names[j])}", 9)
+        name = style.shorten(names[j])
+        style.plain(axes, name if name == f"experience {j + 1}" else f"{j + 1}: {name}", 9)
         axes.tick_params(labelleft=place % columns == 0)
     for axes in figure.axes:
         axes.set_xlim(-0.2, T + 0.2)
