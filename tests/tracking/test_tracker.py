@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from cl_moe.errors import InputError
+from cl_moe.tracking.colours import colour
 from cl_moe.tracking.outbox import RUN_ID_FILE
-from cl_moe.tracking.sweeps import colour
 from cl_moe.tracking.tracker import MLflowTracker, NoTracker, Tracker
 
 
