@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from cl_moe.tracking.colours import colour
 from cl_moe.tracking.courier import SLOW, Backoff
-from cl_moe.tracking.sweeps import colour
 
 
 class Time:
