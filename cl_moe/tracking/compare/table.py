@@ -132,9 +132,7 @@ def compare_arms(
 def score_table(one: Comparison) -> Table:
     """Scores, forgetting and transfers: mean ± standard deviation; the best mean of a column is bold."""
     keys = [key for key in one.rows[0].metrics if not key.startswith(("cost/", "experts/"))]
-    # so many columns would break the words of names; numbers break before ±
-    words = [word for row in one.rows for word in row.arm.split(" ")]
-    width = min(max(map(len, words)), 18) if max(len(row.arm) for row in one.rows) > 18 else None
+    width = min(max(len(row.arm) for row in one.rows), 18)  # else so many columns break words of names
     table = table_of(f"{one.stream}: mean ± std over seeds x orders", width)
     table.add_column("runs", justify="right")
     return _fill(table, one, keys[:6], lambda row: [f"{row.seeds}x{row.orders}"], _plus_minus)
