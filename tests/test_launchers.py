@@ -53,7 +53,10 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def run(folder: Path, *arguments: str) -> tuple[int, str]:
     process = start(folder, *arguments)
-    said = "".join(process.communicate(timeout=PATIENCE))
+    try:
+        said = "".join(process.communicate(timeout=PATIENCE))
+    finally:
+        process.kill()
     return process.returncode, said
 
 
