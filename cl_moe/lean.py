@@ -6,10 +6,10 @@ from typing import Any
 
 import lightning as L  # noqa: N812
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cl_moe import agreement, engines
-from cl_moe.optim import OptimizerState
+from cl_moe.optim import OptimizerState, forget_part
 
 
 class LeanModule(L.LightningModule):
@@ -50,6 +50,10 @@ class LeanModule(L.LightningModule):
         per_pass = -(-self.first_pass // self.accumulate)
         passes, batch = divmod(self.batches, self.first_pass)
         return passes * per_pass + batch // self.accumulate, self.epochs * per_pass
+
+    def forget(self, parameter: Tensor, part: Any) -> None:
+        """Of a part of a parameter (an index into it) the optimizer forgets all: it was drawn anew."""
+        forget_part(self.trainer.optimizers[0].state.get(parameter, {}), parameter.shape, part)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Experiences lie in CPU memory: on the CPU there is nothing to look through and to move.

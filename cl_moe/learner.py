@@ -27,7 +27,8 @@ from cl_moe.models.rewind import RouterState
 from cl_moe.optim import OptimizerSpec, OptimizerState, load_state_by_name
 from cl_moe.scoring import Scoring, add_terms
 from cl_moe.seeds import derive_seed, generator, generator_states, set_generator_states
-from cl_moe.strategies.base import Answer, Hooks, Outlook, Setting, Step, Strategy, check_rows, only_one
+from cl_moe.strategies.base import Answer, Hooks, Outlook, Setting, Step, Strategy
+from cl_moe.strategies.checks import check_together, only_one
 from cl_moe.strategies.passes import answering
 from cl_moe.stream import Experience, Stream
 
@@ -81,16 +82,14 @@ class Learner(LeanModule):
         self._hooks = Hooks.of(self.strategies)
         self._classifier = only_one(self.strategies, "predict", "each classifies in its own way")
         self._answerer = only_one(self.strategies, "answer", "each asks the model in its own way")
-        for strategy in self.strategies.values():
-            strategy.check(Setting(model, stream, tuple(self.strategies)))
-        check_rows(optimizer.rows, self.strategies)
+        check_together(self.strategies, Setting(model, stream, tuple(self.strategies)), optimizer.rows)
 
     # ---- training
 
     def outlook(self) -> Outlook:
         """What strategies may know of the experience that is set."""
         assert self.experience is not None
-        known = (self.scoring.group_of_class, self.scoring, self.accumulate)
+        known = (self.scoring.group_of_class, self.scoring, self.accumulate, self.forget)
         return Outlook(self.model, self.experience, self.kind, self.seed, *known)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ from cl_moe.metrics.functional import Choices
 from cl_moe.models import ContinualModel
 from cl_moe.plasticity import expected_points
 from cl_moe.strategies import Strategy
-from cl_moe.strategies.base import only_one
+from cl_moe.strategies.checks import only_one
 from cl_moe.stream import Stream, Streamed
 from cl_moe.tracking import diagnostics, inside, names
 from cl_moe.tracking.record import Record

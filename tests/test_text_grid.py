@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import conf
+
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_drawing")]
 SMALL = ("model.width=16", "model.num_blocks=1", "model.num_heads=2", "tracking=none", "hydra.run.dir=run")
 LINES = ("stream.train_bytes=3000", "stream.test_bytes=700", "stream.context=32", "trainer.batch_size=16")
@@ -44,6 +46,15 @@ LAYERS: dict[str, tuple[str, ...]] = {
 }
 AHEAD = ("moe expert_choice", "moe gshard")
 """Routers that look at later tokens, which a causal model refuses and a classifier of texts takes."""
+REFUSED = {"bic", "gdumb", "icarl", "l2p", "latent_replay", "weight_aligning", "distill_from"}
+"""Need classes, patches, a cut, or a run to learn from."""
+WORDS: dict[str, tuple[str, ...]] = {
+    "demix": (*MOE[:1], "layer.num_experts=1", "router.k=1", *MOE[2:4], "growth.num_experts=1"),
+    "continual_backprop": ("layer.hidden=8", "strategy.continual_backprop.rate=0.1"),
+    "joint": MOE[:3],
+    **{f"sparse_memory {score}": LAYERS["peer"] for score in ("tf_idf", "tf", "all")},
+}
+EVERY = [path.stem for path in sorted(Path(conf.__path__[0], "strategy").glob("*.yaml"))]
 STRATEGIES = ("naive", "replay", "lwf", "lifelong_moe", "sparse_memory")
 
 
@@ -67,3 +78,23 @@ def test_it_runs(stream: str, layer: str, strategy: str, command: Callable[..., 
     assert all(math.isfinite(score) for score in scores)
     if stream != "intents":
         assert scores[2] > scores[0], "an epoch teaches something of the first text"
+
+
+@pytest.mark.parametrize("words", [name for name in EVERY if name != "sparse_memory"] + list(WORDS)[-3:])
+def test_every_strategy_learns_texts_or_says_why_not(
+    words: str, command: Callable[..., Any], tmp_path: Path
+) -> None:
+    name, _, score = words.partition(" ")
+    more = (
+        (f"strategy.sparse_memory.score={score}", "strategy.sparse_memory.num_background=4") if score else ()
+    )
+    layer = WORDS.get(words, MOE)
+    done = command("stream=text_domains", *STREAMS["text_domains"], *layer, f"strategy={name}", *more, *SMALL)
+    if name in REFUSED:
+        assert (done.status, "change: " in done.text) == (2, True), done.text
+        return
+    assert done.status == 0, done.text
+    with (tmp_path / "run/accuracy_matrix.csv").open() as file:
+        scores = [float(cell) for row in list(csv.reader(file))[1:] for cell in row[1:]]
+    assert all(math.isfinite(score) for score in scores)
+    assert scores[2] > scores[0], "an epoch teaches something of the first text"

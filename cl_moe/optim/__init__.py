@@ -1,5 +1,6 @@
 """Optimizers as the configuration names them, over dense parameters and rows of tables alike."""
 
+from cl_moe.optim.anew import forget_part
 from cl_moe.optim.by_rows import ROW_POLICIES, ByRows
 from cl_moe.optim.clipping import clip_gradients
 from cl_moe.optim.row_exchange import exchange_rows
@@ -17,6 +18,7 @@ __all__ = [
     "OptimizerState",
     "clip_gradients",
     "exchange_rows",
+    "forget_part",
     "load_state_by_name",
     "state_by_name",
 ]

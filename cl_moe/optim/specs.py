@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from cl_moe.errors import InputError
 from cl_moe.layers.tables import ExpertTable
+from cl_moe.optim.anew import correct_steps
 from cl_moe.optim.by_rows import ROW_POLICIES, ByRows
 from cl_moe.optim.rules import AdagradRows, AdamRows, RowRule, SGDRows
 from cl_moe.optim.state import Named
@@ -118,6 +119,7 @@ class AdamW(OptimizerSpec):
             eps=self.eps,
             fused=True,
         )
+        optimizer.register_step_post_hook(correct_steps)
         return with_rows(optimizer, AdamRows(), self.rows)
 
 

@@ -28,6 +28,7 @@ class AGEM(Strategy):
     """
 
     computes = False
+    needs_past = True
 
     def __init__(self, memory_size: int = 200, sample_size: int = 64) -> None:
         check_memory_size(memory_size, "strategy.agem.memory_size")

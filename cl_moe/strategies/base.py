@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from cl_moe.errors import InputError
 from cl_moe.layers.routing import Routing
 from cl_moe.layers.tables import dense_gradients
 from cl_moe.models.base import ContinualModel
@@ -74,6 +73,7 @@ class Outlook:
             otherwise.
         question: for passes of the strategy's own; a run always has one.
         accumulate: batches per optimizer step; each batch's loss is divided by it.
+        forget: lets the optimizer forget a part of a parameter (an index into it) that was drawn anew.
     """
 
     model: ContinualModel
@@ -83,6 +83,7 @@ class Outlook:
     group_of_class: Tensor | None = None
     question: Question | None = None
     accumulate: int = 1
+    forget: Callable[[Tensor, Any], None] = lambda parameter, part: None
 
 
 @dataclass
@@ -124,12 +125,20 @@ class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothin
             experience and with a model that does not: some of its steps are counted anew then (``Charges``).
         reads_batches: whether it sees training data in batches (or chunks) only, never all rows at once, so
             that they may be streamed.
+        needs_past: whether it acts from the second experience on only, by what earlier ones left; beside
+            joint training, which has one, it would do nothing.
+        stops_learning: whether ``gradients`` takes gradients away, so that something stands still. It runs
+            behind those of all others then, whatever the order of the list.
+        replaces_task_loss: whether its terms stand in the task loss's place, which two cannot.
     """
 
     computes: bool = True
     reads_batches: bool = False
     takes_rows: bool = False
     cost_varies: bool = True
+    needs_past: bool = False
+    stops_learning: bool = False
+    replaces_task_loss: bool = False
 
     def check(self, setting: Setting) -> None:
         """Refuse, before anything is trained, a run that this strategy cannot serve.
@@ -217,7 +226,7 @@ class Strategy(ABC):  # noqa: B024 (every hook has a sensible default: do nothin
 
 
 class Hooks(NamedTuple):
-    """The strategies of a run that have each of the hooks that a step calls, in their order."""
+    """The strategies of a run that have each of the hooks that a step calls, in the order of the list."""
 
     batch: tuple[Strategy, ...]
     loss: tuple[Strategy, ...]
@@ -229,70 +238,10 @@ class Hooks(NamedTuple):
         """Only hooks that do something are called in every step."""
 
         def having(hook: str) -> tuple[Strategy, ...]:
-            return tuple(
-                s for s in strategies.values() if getattr(type(s), hook) is not getattr(Strategy, hook)
-            )
+            ordered = sorted(strategies.values(), key=lambda s: hook == "gradients" and s.stops_learning)
+            return tuple(s for s in ordered if getattr(type(s), hook) is not getattr(Strategy, hook))
 
         return cls(*(having(hook) for hook in cls._fields))
-
-
-def only_one(strategies: Mapping[str, Strategy], hook: str, why: str) -> Strategy | None:
-    """The strategy that has a hook of which a run may have one, if any has.
-
-    Args:
-        strategies: of the run, by name.
-        hook: its name.
-        why: of two of them, what they cannot both do.
-
-    Raises:
-        InputError: two have it.
-    """
-    having = [name for name, s in strategies.items() if getattr(type(s), hook) is not getattr(Strategy, hook)]
-    if len(having) > 1:
-        raise InputError(
-            got=f"strategy=[{','.join(strategies)}]",
-            allowed=f"one of {', '.join(having)}: {why}",
-            key="strategy",
-        )
-    return strategies[having[0]] if having else None
-
-
-def check_rows(rows: str, strategies: Mapping[str, Strategy]) -> None:
-    """Refuse to let tables learn by rows where a strategy has to see the gradient of all of them.
-
-    Args:
-        rows: as asked of the optimizer.
-        strategies: of the run, by name.
-
-    Raises:
-        InputError: names the strategy.
-    """
-    for name, one in strategies.items():
-        if rows == "row" and not one.takes_rows and type(one).gradients is not Strategy.gradients:
-            raise InputError(
-                got=f"optimizer.rows=row with strategy={name}, which works on whole gradients",
-                allowed="optimizer.rows=auto or dense",
-                key="optimizer.rows (or strategy)",
-            )
-
-
-def check_new_classes(name: str, stream: Stream) -> None:
-    """Refuse a strategy on a stream of which new experiences bring no new classes.
-
-    Args:
-        name: of the strategy.
-        stream: as evaluated.
-
-    Raises:
-        InputError: it is of language, or domain-incremental.
-    """
-    if stream.kind == "language" or stream.scenario == "domain":
-        what = "a language stream" if stream.kind == "language" else "stream.scenario=domain"
-        raise InputError(
-            got=f"strategy={name} with {what} ({stream.name})",
-            allowed="a stream of which new experiences bring new classes: scenario class or task",
-            key="strategy (or stream)",
-        )
 
 
 def tensor_bytes(*tensors: Tensor) -> int:

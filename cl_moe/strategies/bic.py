@@ -17,7 +17,8 @@ from torch.utils.data import TensorDataset
 from cl_moe.errors import InputError
 from cl_moe.models.base import ContinualModel
 from cl_moe.seeds import generator
-from cl_moe.strategies.base import Outlook, Setting, Strategy, check_new_classes, tensor_bytes
+from cl_moe.strategies.base import Outlook, Setting, Strategy, tensor_bytes
+from cl_moe.strategies.checks import check_new_classes, check_room
 from cl_moe.strategies.memory import check_memory_size
 from cl_moe.strategies.passes import quiet, to_model
 from cl_moe.stream import Experience, Stream, take
@@ -37,6 +38,8 @@ class BiC(Strategy):
         held_out: share of each class's training examples that is held out, in (0, 1); at least one.
         seed: for which ones.
     """
+
+    needs_past = True
 
     def __init__(self, memory_size: int = 50, held_out: float = 0.1, seed: int = 0) -> None:
         check_memory_size(memory_size, "strategy.bic.memory_size")
@@ -59,12 +62,7 @@ class BiC(Strategy):
                 allowed="stream.scenario=class, and one correction of the head",
                 key="strategy (or stream.scenario)",
             )
-        if self.memory_size < stream.num_classes:
-            raise InputError(
-                got=f"memory_size={self.memory_size} for {stream.num_classes} classes",
-                allowed="at least one example for each",
-                key="strategy.bic.memory_size",
-            )
+        check_room("bic", self.memory_size, stream)
 
     def view(self, stream: Stream) -> Stream:
         """Every experience without what is held out of it."""

@@ -36,8 +36,8 @@ class ContinualBackprop(Strategy):
     A share ``rate`` of the units older than ``maturity`` steps is replaced, the least useful first: weights
     into a unit are drawn anew, those out of it become 0, so that the network computes nearly what it did.
     Shares of a unit add up over steps. Units are those of dense layers: between the maps of the network
-    (``model=mlp``), and inside feed-forward layers with two maps. An optimizer's moments of a replaced unit
-    are left to fade.
+    (``model=mlp``), and inside feed-forward layers with two maps. The optimizer forgets what it remembered of
+    a replaced unit's weights, in and out, as in the authors' code.
 
     Args:
         rate: rho, share of the mature units that is replaced per step, in [0, 1].
@@ -63,6 +63,7 @@ class ContinualBackprop(Strategy):
         self._active: dict[str, Tensor] = {}  # (U,) mean |h| of the step under way
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._due, self._draw = False, torch.Generator()
+        self._forget: Callable[[Tensor, Any], None] = lambda parameter, part: None
 
     def check(self, setting: Setting) -> None:
         """There are units whose maps in and out are known."""
@@ -76,6 +77,7 @@ class ContinualBackprop(Strategy):
     def begin(self, outlook: Outlook) -> None:
         """Watch what is read while the model learns; a layer that grew or froze is looked at anew."""
         self._draw.manual_seed(derive_seed(outlook.seed, outlook.experience.index, "continual_backprop"))
+        self._forget = outlook.forget
         self._units, self._active = hidden_units(outlook.model), {}
         for name, units in self._units.items():
             weight = units.made_by[0].weight
@@ -128,10 +130,13 @@ class ContinualBackprop(Strategy):
             bound = 1 / math.sqrt(rows.in_features)
             drawn = torch.rand(rows.in_features + 1, generator=self._draw) * 2 * bound - bound
             rows.weight[unit] = drawn[:-1].to(rows.weight)
+            self._forget(rows.weight, unit)
             if rows.bias is not None:
                 rows.bias[unit] = drawn[-1].to(rows.bias)
+                self._forget(rows.bias, unit)
         for part in units.read_by.cohorts if isinstance(units.read_by, Head) else [units.read_by]:
             part.weight[:, unit] = 0.0  # type: ignore[operator]
+            self._forget(part.weight, (slice(None), unit))  # type: ignore[arg-type]
 
     def end(self, outlook: Outlook) -> None:
         """What the last step made due; nobody watches any more."""

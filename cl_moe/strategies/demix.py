@@ -15,7 +15,7 @@ from cl_moe.errors import InputError
 from cl_moe.layers.routing import Routing
 from cl_moe.strategies.base import Answer, Forward, Outlook, Setting, Strategy
 
-COMPOSES = ("demix", "naive", "rewarming", "shrink_perturb", "ewc", "si", "mas")
+COMPOSES = ("demix", "naive", "rewarming", "shrink_perturb", "si")
 
 
 class DEMix(Strategy):
@@ -34,6 +34,7 @@ class DEMix(Strategy):
     """
 
     computes = False
+    needs_past = True
     reads_batches = True
 
     def __init__(self) -> None:

@@ -38,6 +38,7 @@ class DistillFrom(Strategy):
     """
 
     reads_batches = True
+    replaces_task_loss = True
 
     def __init__(self, hard: float = 0.75, soft: float = 0.25, temperature: float = 1.0) -> None:
         check_weight(hard, "strategy.distill_from.hard")

@@ -42,6 +42,7 @@ class EWC(Strategy):
     """
 
     cost_varies = False
+    needs_past = True
 
     def __init__(
         self,

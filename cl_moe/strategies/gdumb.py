@@ -12,7 +12,8 @@ from torch.utils.data import TensorDataset
 from cl_moe.errors import InputError
 from cl_moe.models.base import ContinualModel
 from cl_moe.seeds import generator
-from cl_moe.strategies.base import Batch, Outlook, Setting, Strategy, check_new_classes, tensor_bytes
+from cl_moe.strategies.base import Batch, Outlook, Setting, Strategy, tensor_bytes
+from cl_moe.strategies.checks import check_new_classes, check_room
 from cl_moe.strategies.memory import check_memory_size
 from cl_moe.strategies.teacher import still_names
 from cl_moe.stream import Stream, concatenate, take
@@ -51,12 +52,7 @@ class GDumb(Strategy):
                 allowed="gdumb alone: its model starts from scratch in every experience",
                 key="strategy",
             )
-        if self.memory_size < stream.num_classes:
-            raise InputError(
-                got=f"strategy=gdumb with a memory of {self.memory_size} for {stream.num_classes} classes",
-                allowed="at least one example for each",
-                key="strategy.gdumb.memory_size",
-            )
+        check_room("gdumb", self.memory_size, stream)
 
     def view(self, stream: Stream) -> Stream:
         """Experience i holds the memory as it stands after the data of 0 .. i."""

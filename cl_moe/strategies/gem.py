@@ -39,6 +39,7 @@ class GEM(Strategy):
     """
 
     computes = False
+    needs_past = True
 
     def __init__(self, memory_size: int = 200, margin: float = 0.5) -> None:
         check_memory_size(memory_size, "strategy.gem.memory_size")

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from cl_moe.errors import InputError
 from cl_moe.models.base import ContinualModel
 from cl_moe.seeds import derive_seed
-from cl_moe.strategies.base import Batch, Outlook, Setting, Step, Strategy, check_new_classes, tensor_bytes
+from cl_moe.strategies.base import Batch, Outlook, Setting, Step, Strategy, tensor_bytes
+from cl_moe.strategies.checks import check_new_classes, check_room
 from cl_moe.strategies.herding import herd
 from cl_moe.strategies.memory import check_memory_size
 from cl_moe.strategies.passes import features_of
@@ -42,6 +42,8 @@ class ICaRL(Strategy):
         memory_size: exemplars in all; at least one for each class.
     """
 
+    replaces_task_loss = True
+
     def __init__(self, memory_size: int = 200) -> None:
         check_memory_size(memory_size, "strategy.icarl.memory_size")
         self.memory_size = memory_size
@@ -55,14 +57,8 @@ class ICaRL(Strategy):
 
     def check(self, setting: Setting) -> None:
         """Means are of classes, and new ones have to come."""
-        stream = setting.stream
-        check_new_classes("icarl", stream)
-        if self.memory_size < stream.num_classes:
-            raise InputError(
-                got=f"strategy=icarl with {self.memory_size} exemplars for {stream.num_classes} classes",
-                allowed="at least one for each",
-                key="strategy.icarl.memory_size",
-            )
+        check_new_classes("icarl", setting.stream)
+        check_room("icarl", self.memory_size, setting.stream)
 
     def begin(self, outlook: Outlook) -> None:
         """Note which columns are old and which are new."""

@@ -18,8 +18,15 @@ from cl_moe.models.base import ContinualModel
 from cl_moe.models.patch_transformer import PatchTransformer
 from cl_moe.seeds import generator
 from cl_moe.strategies.base import Outlook, Setting, Step, Strategy, tensor_bytes
+from cl_moe.strategies.checks import check_beside
 from cl_moe.strategies.passes import learning, quiet
 from cl_moe.strategies.teacher import check_weight
+
+LEARNING = (
+    *("agem", "continual_backprop", "distill_from", "gem", "icarl", "latent_replay", "lifelong_moe", "lwf"),
+    *("router_freezing", "router_replay", "shrink_perturb", "sparse_memory"),
+)
+"""Strategies made for a body that learns, or whose teacher would be asked with the prompts of now."""
 
 
 class Chosen(NamedTuple):
@@ -55,6 +62,8 @@ class L2P(Strategy):
         seed: prompts and keys are drawn from it, uniform in [-1, 1].
     """
 
+    stops_learning = True
+
     def __init__(
         self,
         pool_size: int = 10,
@@ -76,7 +85,7 @@ class L2P(Strategy):
                 raise InputError(got=f"{name}={value!r}", allowed=allowed, key=f"strategy.l2p.{name}")
         self.pool_size, self.length, self.top_n = pool_size, length, top_n
         self.pull, self.lr, self.pretraining, self.seed = pull, lr, pretraining, seed
-        self.active = False
+        self.active, self.needs_past = False, pretraining > 0
         self.prompts_MLD, self.keys_MD = nn.Parameter(torch.empty(0)), nn.Parameter(torch.empty(0))
         self._optimizer: torch.optim.Optimizer | None = None
         self._chosen: Chosen | None = None  # of the pass under way
@@ -85,10 +94,12 @@ class L2P(Strategy):
     def check(self, setting: Setting) -> None:
         """The model reads patches; its passes are led through the prompts from here on."""
         model = setting.model
+        check_beside("l2p", setting, LEARNING, "is made for a body that learns")
         if not isinstance(model, PatchTransformer) or not isinstance(model.mixers[0], Mixer) or model.depths:
             raise InputError(
                 got=f"strategy=l2p with {type(model).__name__}",
-                allowed="model=patch_transformer, without model.depth, its first block with attention",
+                allowed="model=patch_transformer (no body that reads tokens), without model.depth, its first "
+                "block with attention",
                 key="model (or strategy)",
             )
         width = model.head.dim
@@ -173,8 +184,8 @@ class L2P(Strategy):
     @property
     def buffer_bytes(self) -> int:
         """Bytes of prompts and keys, and of what their Adam remembers."""
-        size = tensor_bytes(self.prompts_MLD, self.keys_MD)
-        return size * 3 if self._optimizer is not None and self._optimizer.state else size
+        states = self._optimizer.state.values() if self._optimizer is not None else ()
+        return tensor_bytes(self.prompts_MLD, self.keys_MD, *(v for state in states for v in state.values()))
 
 
 def choose(query_BD: Tensor, keys_MD: Tensor, prompts_MLD: Tensor, top_n: int) -> Chosen:

@@ -16,6 +16,7 @@ from cl_moe.errors import InputError
 from cl_moe.models.base import ContinualModel
 from cl_moe.seeds import derive_seed, generator
 from cl_moe.strategies.base import Batch, Outlook, Setting, Step, Strategy
+from cl_moe.strategies.checks import check_beside
 from cl_moe.strategies.memory import Reservoir, check_memory_size
 from cl_moe.strategies.passes import learning, question_of, quiet, to_model
 from cl_moe.strategies.teacher import check_weight
@@ -39,6 +40,10 @@ class LatentReplay(Strategy):
             hang on no gradient's size.
     """
 
+    needs_past = True
+    stops_learning = True
+    replaces_task_loss = True
+
     def __init__(
         self, memory_size: int = 200, cut: int = 0, share: float = 0.5, lower_rate: float = 0.0
     ) -> None:
@@ -58,7 +63,9 @@ class LatentReplay(Strategy):
         self._outlook: Outlook | None = None
 
     def check(self, setting: Setting) -> None:
-        """There is such a cut."""
+        """There is such a cut, and what is kept there does not grow old at once."""
+        shaking = ("shrink_perturb", "continual_backprop")
+        check_beside("latent_replay", setting, shaking, "draws weights below the cut anew")
         cuts = len(setting.model.cuts)
         if not isinstance(self.cut, int) or not 0 <= self.cut < cuts:
             name = type(setting.model).__name__

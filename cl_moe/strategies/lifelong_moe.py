@@ -6,7 +6,8 @@ from torch import Tensor
 
 from cl_moe.errors import InputError
 from cl_moe.models.base import ContinualModel
-from cl_moe.strategies.base import Step
+from cl_moe.strategies.base import Setting, Step
+from cl_moe.strategies.checks import check_beside
 from cl_moe.strategies.passes import learning
 from cl_moe.strategies.teacher import DistillingStrategy, check_weight, squared_distance
 
@@ -30,6 +31,7 @@ class LifelongMoE(DistillingStrategy):
     """
 
     takes_rows = True
+    stops_learning = True
 
     def __init__(
         self, strength: float = 1.0, temperature: float = 1.0, l2: float = 0.0, trunk: str = "free"
@@ -42,6 +44,11 @@ class LifelongMoE(DistillingStrategy):
             raise InputError(got=f"trunk={trunk}", allowed=", ".join(TRUNKS), key=key)
         super().__init__(strength, temperature)
         self.l2, self.trunk = l2, trunk
+
+    def check(self, setting: Setting) -> None:
+        """A trunk that stands still is not shaken either."""
+        if self.trunk == "frozen":
+            check_beside("lifelong_moe", setting, ("shrink_perturb",), "moves the trunk that is frozen")
 
     def gradients(self, model: ContinualModel) -> None:
         """What has no gradient, no optimizer moves: neither by momentum nor by decay."""

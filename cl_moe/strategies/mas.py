@@ -33,6 +33,7 @@ class MAS(Strategy):
     """
 
     cost_varies = False
+    needs_past = True
 
     def __init__(self, strength: float = 0.1, samples: int | None = None) -> None:
         check_weight(strength, "strategy.mas.strength")

@@ -10,6 +10,7 @@ from torch import Tensor
 from cl_moe.errors import InputError
 from cl_moe.seeds import derive_seed
 from cl_moe.strategies.base import Batch, Outlook, Setting, Strategy
+from cl_moe.strategies.checks import check_room
 from cl_moe.strategies.herding import HerdedMemory
 from cl_moe.strategies.memory import ClassMemory, Reservoir, check_memory_size, take_in
 
@@ -37,6 +38,8 @@ class Replay(Strategy):
         policy: ``"reservoir"``, ``"balanced"`` or ``"herding"``; the last two for classification only.
         balance: an older name: ``"class"`` is ``policy="balanced"``.
     """
+
+    needs_past = True
 
     def __init__(
         self, memory_size: int = 200, share: float = 0.5, policy: str = "reservoir", balance: str = "none"
@@ -87,12 +90,8 @@ class Replay(Strategy):
                 allowed="strategy.replay.policy=reservoir",
                 key="strategy.replay.policy",
             )
-        if self.policy != "reservoir" and self.memory_size < setting.stream.num_classes:
-            raise InputError(
-                got=f"memory_size={self.memory_size} for {setting.stream.num_classes} classes",
-                allowed="at least one example for each",
-                key=KEY,
-            )
+        if self.policy != "reservoir":
+            check_room("replay", self.memory_size, setting.stream)
 
     def begin(self, outlook: Outlook) -> None:
         """Draw this experience's memories from a seed of their own."""

@@ -8,6 +8,7 @@ from cl_moe.errors import InputError
 from cl_moe.layers.router_parts import router_names
 from cl_moe.models.base import ContinualModel
 from cl_moe.strategies.base import Batch, Outlook, Setting, Strategy
+from cl_moe.strategies.checks import check_beside
 from cl_moe.strategies.passes import learning
 
 
@@ -23,13 +24,14 @@ class RouterFreezing(Strategy):
 
     computes = False
     takes_rows = True
+    stops_learning = True
     reads_batches = True
 
     def __init__(self, warmup: int = 1) -> None:
         if not isinstance(warmup, int) or warmup < 0:
             key = "strategy.router_freezing.warmup"
             raise InputError(got=f"warmup={warmup!r}", allowed="a whole number, at least 0", key=key)
-        self.warmup = warmup
+        self.warmup, self.needs_past = warmup, warmup > 0
         self._names: set[str] = set()
         self._norms: list[object] = []
 
@@ -41,6 +43,7 @@ class RouterFreezing(Strategy):
                 allowed="layer=moe, peer or pkm",
                 key="layer (or strategy)",
             )
+        check_beside("router_freezing", setting, ("shrink_perturb",), "moves the router that is frozen")
         if any(layer.wants_load for layer in setting.model.expert_layers.values()):
             raise InputError(
                 got="strategy=router_freezing with router.scores.bias_rate, which goes on moving it",

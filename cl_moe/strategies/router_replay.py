@@ -11,6 +11,7 @@ from cl_moe.layers.router_parts import router_names
 from cl_moe.models.base import ContinualModel
 from cl_moe.seeds import derive_seed
 from cl_moe.strategies.base import Outlook, Setting, Strategy
+from cl_moe.strategies.checks import check_beside
 from cl_moe.strategies.memory import Reservoir, check_memory_size, take_in
 from cl_moe.strategies.passes import learning, memory_gradient
 from cl_moe.strategies.teacher import check_weight
@@ -31,6 +32,7 @@ class RouterReplay(Strategy):
     """
 
     computes = False
+    needs_past = True
     reads_batches = True
 
     def __init__(self, memory_size: int = 200, sample_size: int = 32, strength: float = 1.0) -> None:
@@ -55,12 +57,8 @@ class RouterReplay(Strategy):
                 allowed="layer=moe, peer or pkm",
                 key="layer (or strategy)",
             )
-        if "router_freezing" in setting.names:
-            raise InputError(
-                got="strategy=router_replay beside router_freezing, which takes the router's gradients away",
-                allowed="one of them",
-                key="strategy",
-            )
+        stopping = ("router_freezing", "sparse_memory")
+        check_beside("router_replay", setting, stopping, "takes the router's gradients away")
 
     def begin(self, outlook: Outlook) -> None:
         """Draw this experience's samples from a seed of their own."""

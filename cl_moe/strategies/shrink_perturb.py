@@ -11,6 +11,7 @@ from cl_moe.errors import InputError
 from cl_moe.models.base import ContinualModel
 from cl_moe.seeds import generator
 from cl_moe.strategies.base import Batch, Outlook, Setting, Strategy
+from cl_moe.strategies.checks import check_beside
 from cl_moe.strategies.passes import learning
 from cl_moe.strategies.teacher import check_weight
 
@@ -28,6 +29,7 @@ class ShrinkPerturb(Strategy):
     """
 
     computes = False
+    needs_past = True
     reads_batches = True
 
     def __init__(self, shrink: float = 0.4, noise: float = 0.01) -> None:
@@ -42,12 +44,7 @@ class ShrinkPerturb(Strategy):
 
     def check(self, setting: Setting) -> None:
         """Nothing remembers the weights as they were before the shrinking."""
-        if "gdumb" in setting.names:
-            raise InputError(
-                got="strategy=shrink_perturb beside gdumb, whose model starts from scratch anyway",
-                allowed="one of them",
-                key="strategy",
-            )
+        check_beside("shrink_perturb", setting, ("gdumb",), "starts from scratch anyway")
 
     def begin(self, outlook: Outlook) -> None:
         """The change waits for the first step: this may be a restart inside the experience."""

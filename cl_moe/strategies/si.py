@@ -32,6 +32,7 @@ class SI(Strategy):
     """
 
     cost_varies = False
+    needs_past = True
     reads_batches = True
 
     def __init__(self, strength: float = 1.0, damping: float = 0.1) -> None:
@@ -43,7 +44,7 @@ class SI(Strategy):
         self.start: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}  # values and gradients that the step under way began with
         self._slope: dict[str, Tensor] = {}
-        self._pulls, self._accumulate = 0, 1  # batches whose loss had the own term, of those of a step
+        self._pulls, self._accumulate = 0, 1  # batches of the step under way, of those of a whole one
         self._device = torch.device("cpu")
 
     def begin(self, outlook: Outlook) -> None:
@@ -66,14 +67,15 @@ class SI(Strategy):
         """The last step has been made and the next one is due: add up the one, note the other's start."""
         self._walk(model)
         self._before, self._slope = values_now(model), {}
-        # each batch's loss is divided by those of a whole step; the last group of an epoch may have fewer
-        own, self._pulls = 2 * self.strength * self._pulls / self._accumulate, 0
+        # Each batch's loss is divided by those of a whole step, of which an epoch's last may have fewer:
+        # scaled back, so that a short step's path counts by the loss's slope and not by a part of it.
+        whole, self._pulls = self._accumulate / max(self._pulls, 1), 0
         for name, parameter in learning(model).items():
             if parameter.grad is not None:
-                slope = parameter.grad.clone()
+                slope = parameter.grad * whole
                 if name in self.anchors.importance:
                     away = parameter - self.anchors.values[name]
-                    slope -= own * self.anchors.importance[name] * away
+                    slope -= 2 * self.strength * self.anchors.importance[name] * away
                 self._slope[name] = slope
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from cl_moe.layers.tables import row_gradient
 from cl_moe.models.base import ContinualModel
 from cl_moe.seeds import generator
 from cl_moe.strategies.base import Batch, Outlook, Setting, Step, Strategy, tensor_bytes
+from cl_moe.strategies.checks import check_beside
 from cl_moe.strategies.passes import ask, learning, quiet
 from cl_moe.strategies.teacher import check_weight
 
@@ -46,6 +47,8 @@ class SparseMemory(Strategy):
     """
 
     takes_rows = True
+    needs_past = True
+    stops_learning = True
 
     def __init__(
         self,
@@ -76,6 +79,9 @@ class SparseMemory(Strategy):
 
     def check(self, setting: Setting) -> None:
         """There are rows to choose among."""
+        check_beside(
+            "sparse_memory", setting, ("shrink_perturb", "continual_backprop"), "moves what stands still"
+        )
         layers = setting.model.expert_layers.values()
         foreign = {type(layer).__name__ for layer in layers if not isinstance(layer, ProductKeyLayer)}
         if foreign or not layers:

@@ -140,6 +140,7 @@ class DistillingStrategy(Strategy):
     """
 
     cost_varies = False  # the model's, where its own varies
+    needs_past = True
     reads_batches = True
 
     def __init__(self, strength: float, temperature: float) -> None:

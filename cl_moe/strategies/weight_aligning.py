@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from cl_moe.errors import InputError
 from cl_moe.models.base import Head
-from cl_moe.strategies.base import Outlook, Setting, Strategy, check_new_classes
+from cl_moe.strategies.base import Outlook, Setting, Strategy
+from cl_moe.strategies.checks import check_beside, check_new_classes
 
 
 class WeightAligning(Strategy):
@@ -25,6 +26,7 @@ class WeightAligning(Strategy):
 
     computes = False
     reads_batches = True
+    needs_past = True
 
     def __init__(self) -> None:
         self.trained: list[int] = []  # classes
@@ -38,12 +40,7 @@ class WeightAligning(Strategy):
                 allowed="stream.scenario=class",
                 key="strategy (or stream.scenario)",
             )
-        if "icarl" in setting.names:
-            raise InputError(
-                got="strategy=weight_aligning beside icarl, which classifies without the head",
-                allowed="weight_aligning beside replay or lwf, say",
-                key="strategy",
-            )
+        check_beside("weight_aligning", setting, ("icarl",), "classifies without the head")
 
     @torch.no_grad()
     def end(self, outlook: Outlook) -> None:

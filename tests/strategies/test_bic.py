@@ -71,7 +71,7 @@ def test_what_it_cannot_serve_is_refused(train, new_model, new_stream) -> None:
             train(new_model(), new_stream(scenario), {"s": BiC(memory_size=12)})
     with pytest.raises(InputError, match="weight_aligning"):
         train(new_model(), new_stream(), {"s": BiC(memory_size=12), "weight_aligning": WeightAligning()})
-    with pytest.raises(InputError, match="memory_size=5 for 6 classes"):
+    with pytest.raises(InputError, match="a memory of 5 for 6 classes"):
         train(new_model(), new_stream(), {"s": BiC(memory_size=5)})
     with pytest.raises(InputError, match=r"strategy\.bic\.held_out"):
         BiC(held_out=1.0)

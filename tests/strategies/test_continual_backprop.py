@@ -124,3 +124,33 @@ def test_what_it_cannot_serve_is_refused(train, new_model, new_stream) -> None:
         with pytest.raises(InputError) as caught:
             ContinualBackprop(**options)
         assert caught.value.key == f"strategy.continual_backprop.{key}"
+
+
+class Moments(Strategy):
+    """Looks at what the optimizer remembers of units that were just replaced."""
+
+    def __init__(self, inner: ContinualBackprop) -> None:
+        self.inner, self.looked = inner, 0
+
+    def begin(self, outlook: Any) -> None:
+        self.optimizer = outlook.forget.__self__.trainer.optimizers[0]
+
+    def batch(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        for name, units in self.inner._units.items():
+            for unit in (self.inner.age[name] == 0).nonzero().flatten().tolist() if self.looked else ():
+                kept = [self.optimizer.state[rows.weight]["momentum_buffer"][unit] for rows in units.made_by]
+                if name != "head":
+                    kept.append(self.optimizer.state[units.read_by.weight]["momentum_buffer"][:, unit])
+                assert all((value == 0).all() for value in kept)
+                self.looked += 1
+        self.looked = max(self.looked, 1)
+        return inputs, targets
+
+
+def test_the_optimizer_forgets_what_is_replaced(train, new_stream) -> None:
+    with seeded(0, "init"):
+        model = MLPClassifier((6,), 6, partial(DenseFFN, hidden=5), width=7)
+    strategy = ContinualBackprop(RATE, MATURITY, DECAY)
+    watch = Moments(strategy)
+    train(model, new_stream(sizes=(64,)), {"s": strategy, "watch": watch}, momentum=0.9)
+    assert watch.looked > 3

@@ -147,7 +147,7 @@ def test_an_evaluation_scores_what_the_strategy_predicts(train, new_model, new_s
     [
         (("stream.scenario=domain",), "stream.scenario=domain"),
         (("stream=text_domains",), "language stream"),
-        (("strategy.icarl.memory_size=9",), "9 exemplars for 10 classes"),
+        (("strategy.icarl.memory_size=9",), "a memory of 9 for 10 classes"),
     ],
 )
 def test_what_it_cannot_serve_is_refused_with_both_names(command, words, named: str) -> None:

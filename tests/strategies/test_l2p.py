@@ -66,7 +66,7 @@ class Watch(Strategy):
 def test_prompts_are_chosen_and_read_as_in_the_paper(images) -> None:
     model, strategy = body(), L2P(pool_size=4, length=3, top_n=2, pull=0.3)
     plain = body()
-    strategy.check(type("Setting", (), {"model": model}))
+    strategy.check(type("Setting", (), {"model": model, "names": ("l2p",)}))
     for one in (model, plain):
         one.head.grow([0, 1])
     plain.load_state_dict(model.state_dict())
@@ -100,7 +100,7 @@ def test_the_body_stands_still_and_prompts_learn(walk, images) -> None:
         assert torch.equal(keys, strategy.keys_MD) == (index == 0)
     assert len(watch.terms) == 2 * (2 + 3)
     size = (4 * 3 + 4) * 8
-    assert strategy.buffer_bytes == 3 * 4 * size
+    assert strategy.buffer_bytes == 3 * 4 * size + 2 * 4  # moments, and a step count for each of the two
     assert strategy.costs(learner.model) == {"cost/prompt_params": size}
 
 
