@@ -23,7 +23,7 @@ from cl_moe import checkpoint, stopping, sweeping
 from cl_moe.errors import InputError, JobStoppedError, StopRequestedError
 
 SMALL = ("trainer.epochs=1", "stream.tune_on_first=2", "eval.samples=0", "layer=moe", "layer.hidden=16")
-PATIENCE = 600.0
+PATIENCE = 1800.0
 ROOT = Path(conf.__path__[0]) / "hydra"
 OPTIONS = sorted((path.parent.name, path.stem) for path in ROOT.glob("*/*.yaml"))
 
