@@ -20,6 +20,8 @@ from cl_moe.engines.base import BACKENDS, Device
 from cl_moe.engines.pieces import InPieces, Named, Together
 from cl_moe.optim import OptimizerState
 
+_BUCKET = 200_000_000
+
 
 class ZeroStrategy(DeepSpeedStrategy, InPieces):
     """Parts the model once strategies against forgetting have begun; runs on CPUs, too."""
@@ -41,6 +43,7 @@ class ZeroStrategy(DeepSpeedStrategy, InPieces):
             import deepspeed
         # it would try what it could build with a C++ compiler, to sum faster on one machine's CPUs
         vars(deepspeed.ops)["__compatible_ops__"] = {}
+        warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)
         self.set_world_ranks()
         deepspeed.init_distributed(BACKENDS["cpu"], timeout=timedelta(minutes=30), verbose=False)
         self._joined = True
@@ -81,7 +84,7 @@ class ZeroStrategy(DeepSpeedStrategy, InPieces):
             model=_Holder(learner.model),
             model_parameters=[p for p in learner.model.parameters() if p.requires_grad],
             optimizer=optimizer,
-            config=self._config(learner.trainer),
+            config=self._config(learner),
             dist_init_required=False,
         )
         for group, rate in zip(self.engine.optimizer.param_groups, rates, strict=False):
@@ -112,15 +115,18 @@ class ZeroStrategy(DeepSpeedStrategy, InPieces):
         optimizer.param_groups[:] = groups
         return cast(torch.optim.Optimizer, optimizer)
 
-    def _config(self, trainer: Any) -> dict[str, Any]:
+    def _config(self, learner: Any) -> dict[str, Any]:
+        # a buffer of so many numbers is there from the start: DeepSpeed's 500 million suit large models
+        bucket = min(sum(p.numel() for p in learner.model.parameters() if p.requires_grad), _BUCKET)
+        buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         return {
             "train_micro_batch_size_per_gpu": 1,  # for its log only
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,  # Lightning says when a step is due
-            "gradient_clipping": trainer.gradient_clip_val or 0.0,
+            "gradient_clipping": learner.trainer.gradient_clip_val or 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"overlap_comm": False, **self.zero},
+            "zero_optimization": {"overlap_comm": False, **buckets, **self.zero},
         }
 
     def training_step(self, *arguments: Any) -> Any:
