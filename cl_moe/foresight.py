@@ -12,6 +12,7 @@ import lightning as L  # noqa: N812
 import torch
 from torch import Tensor
 
+from cl_moe.agreement import from_first
 from cl_moe.anytime import untouched
 from cl_moe.batches import order_of, padding_mask
 from cl_moe.evaluation import Evaluation
@@ -59,7 +60,8 @@ def census_of(run: Run, experience: Experience) -> Census:
     if looks.samples and index > 0:
         coming = first_losses(run, experience, looks)
     census = take_census(learner.model, index, learner.ledger, {}, scores, learner.trace, coming)
-    if index == 0 or not _copies(run, census):
+    # rank 0 decides, since all of them look or none
+    if index == 0 or not from_first(lambda: _copies(run, census)):
         return census
     loads = loads_in_training(run, run.stream[index - 1])
     layers = {block: replace(layer, load=loads.get(block)) for block, layer in census.layers.items()}
