@@ -82,8 +82,11 @@ class LeanModule(L.LightningModule):
         engines.gather(self.trainer)
 
     def whole_weights(self, model: nn.Module) -> dict[str, Any]:
-        """A model's state, whole; in pieces or not."""
-        return engines.weights(self.trainer, model)
+        """A model's state, whole; in pieces or not.
+
+        No trainer has it yet where an open stream is saved before its first experience.
+        """
+        return model.state_dict() if self._trainer is None else engines.weights(self.trainer, model)
 
     def live_optimizer_state(self) -> OptimizerState:
         """What the optimizer of the fit that is under way remembers, by name, whole."""
