@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _CUDA = re.compile(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free")
 _MODEL = ("layer.", "model.", "growth.")
+_TUNED = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 class Holding(NamedTuple):
@@ -71,6 +73,21 @@ class PeakMemory:
             return _process_peak()
         # Pages of libraries count as those of now: they come as code runs first, and hardly ever go.
         return max(_resident("VmHWM") - _of_files() - self._base, 0)
+
+
+def keep_freed() -> None:
+    """Let a process keep what a training step frees, for the next one: a fresh page costs more than its use.
+
+    Else C's allocator asks the system for each block of 32 MiB and more anew, and gives back what is free at
+    its end. Blocks of 256 MiB and more are still asked for, and half a GiB at most is kept at the end. Linux
+    (glibc) alone; where its environment variables say something else, they hold.
+    """
+    if any(name in os.environ for name in _TUNED):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, 2**28)
+        library.mallopt(_TRIM_THRESHOLD, 2**29)
 
 
 def optimizer_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:

@@ -26,6 +26,7 @@ from cl_moe.growth.adapt import add_classes
 from cl_moe.growth.checks import check_growth, check_prune
 from cl_moe.learner import Learner
 from cl_moe.measuring import Measuring, Past
+from cl_moe.memory import keep_freed
 from cl_moe.progress import StreamProgress
 from cl_moe.spending import Budget, Spending
 from cl_moe.starting import start_from
@@ -103,6 +104,7 @@ class Run:
         if self.spec.engine is not None and self.spec.num_ranks > 1:
             rows, flops = self.learner.optimizer_spec.rows, self.budget.bounds["flops"]
             self.spec.engine.check(self.learner.model, self.learner.strategies, rows, self.stream.open, flops)
+        keep_freed()
         self.trainer: L.Trainer = self.spec.build()
         self.spending = Spending(self.learner, self.budget, self.trainer)
         self.spending.check_start(experiences, self.growth, self.spec)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cl_moe.layers.key_cohort import KeyCohort
-from cl_moe.layers.pairs import pair_sum, regular_pairs
+from cl_moe.layers.pairs import Pairs, pair_sum, regular_pairs
 from cl_moe.layers.precision import wide
 from cl_moe.layers.product_keys import Found, shell_coordinates
 
@@ -42,7 +42,12 @@ def with_gradient(
     keys = [wide(cohort.keys) for cohort in cohorts]
     table_MH = torch.cat([key.reshape(-1, key.shape[-1]) for key in keys])
     at_QSK = _places(found.expert, cohorts, firsts, heads)
-    return Found(_Score.apply(query_QSH, table_MH, found.score, at_QSK), found.expert)
+    frozen_M = None
+    if not all(key.requires_grad for key in keys):
+        lengths = torch.tensor([key.numel() // key.shape[-1] for key in keys], device=table_MH.device)
+        frozen_M = torch.tensor([not key.requires_grad for key in keys], device=table_MH.device)
+        frozen_M = frozen_M.repeat_interleave(lengths, output_size=table_MH.shape[0])
+    return Found(_Score.apply(query_QSH, table_MH, found.score, at_QSK, frozen_M), found.expert)
 
 
 def _places(
@@ -75,27 +80,42 @@ def _places(
 def _group(value: Tensor, starts: Tensor) -> Tensor:
     """Which of the groups that begin at ``starts`` each value is in."""
     if starts.numel() == 1:
-        return torch.zeros_like(value)
+        return value.new_zeros([1] * value.dim())  # for all of them
     return torch.bucketize(value, starts[1:], right=True)
 
 
 class _Score(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query_QSH: Tensor, table_MH: Tensor, score_QK: Tensor, at_QSK: Tensor) -> Tensor:
-        ctx.save_for_backward(query_QSH, table_MH, at_QSK)
+    def forward(
+        ctx: Any,
+        query_QSH: Tensor,
+        table_MH: Tensor,
+        score_QK: Tensor,
+        at_QSK: Tensor,
+        frozen_M: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(query_QSH, table_MH, at_QSK, frozen_M)
         return score_QK.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_QK: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        query_QSH, table_MH, at_QSK = ctx.saved_tensors
-        half = query_QSH.shape[-1]
+    def backward(ctx: Any, grad_QK: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        query_QSH, table_MH, at_QSK, frozen_M = ctx.saved_tensors
         pairs = regular_pairs(at_QSK.reshape(-1, at_QSK.shape[-1]), table_MH.shape[0])
         grad_P = grad_QK.unsqueeze(1).expand_as(at_QSK).reshape(-1)
         grad_query = grad_table = None
         if ctx.needs_input_grad[0]:
             grad_query = pair_sum(grad_P, table_MH, pairs).reshape(query_QSH.shape)
         if ctx.needs_input_grad[1]:
-            by_key, order_P = pairs.transpose()
-            grad_table = pair_sum(grad_P[order_P], query_QSH.reshape(-1, half), by_key)
-        return grad_query, grad_table, None, None
+            by_key, order_P = pairs.transpose() if frozen_M is None else _of_learning(pairs, frozen_M)
+            grad_table = pair_sum(grad_P[order_P], query_QSH.reshape(-1, query_QSH.shape[-1]), by_key)
+        return grad_query, grad_table, None, None, None
+
+
+def _of_learning(pairs: Pairs, frozen_M: Tensor) -> tuple[Pairs, Tensor]:
+    """``pairs.transpose()`` without those of frozen sub-keys, which get no gradient."""
+    at_P = (~frozen_M[pairs.column_P]).nonzero().squeeze(-1)
+    key_P, order_P = pairs.column_P[at_P].sort(stable=True)
+    order_P = at_P[order_P]
+    start_M1 = torch.searchsorted(key_P, torch.arange(pairs.num_columns + 1, device=key_P.device))
+    return Pairs(start_M1, pairs.rows()[order_P], pairs.num_rows), order_P

@@ -17,6 +17,7 @@ from cl_moe.layers.exchange import Exchange
 from cl_moe.layers.grouped import grouped_linear
 from cl_moe.layers.pairs import Pairs, pair_gather, pair_sum
 from cl_moe.layers.precision import activation_by_name, in_place, matmul_dtype, no_autocast, wide
+from cl_moe.layers.reuse import Reused
 from cl_moe.layers.routing import Routing
 from cl_moe.layers.static_pool import static_pool
 
@@ -68,6 +69,7 @@ class Cohort(nn.Module):
         self.num_experts, self.hidden, self.dropout = num_experts + num_noops, hidden, dropout
         self.activation = activation_by_name(activation)
         self.statistics_frozen = False
+        self._memory = {name: Reused() for name in ("w_in", "w_up", "w_out")}
         self.w_in = _uniform((num_experts, dim, hidden), fan_in=dim)
         self.b_in = _uniform((num_experts, hidden), fan_in=dim) if bias else None
         self.w_up = _uniform((num_experts, dim, hidden), fan_in=dim) if glu else None
@@ -78,8 +80,10 @@ class Cohort(nn.Module):
         self.register_buffer("selection_bias", torch.zeros(self.num_experts) if biased else None)
 
     def freeze_statistics(self) -> None:
-        """Never move the selection bias again."""
+        """Never move the selection bias again, and give back where gradients stood."""
         self.statistics_frozen = True
+        for memory in self._memory.values():
+            memory.release()
 
     def forward(self, x_MD: Tensor, start_n1: Tensor) -> Tensor:
         """(M, D): the experts' outputs for rows sorted by expert.
@@ -91,14 +95,16 @@ class Cohort(nn.Module):
         hidden_MH = self.hidden_units(x_MD, start_n1)
         if self.dropout > 0:
             hidden_MH = nn.functional.dropout(hidden_MH, self.dropout, self.training)
-        return _linear(hidden_MH, self.w_out, self.b_out, start_n1)
+        return _linear(hidden_MH, self.w_out, self.b_out, start_n1, self._memory["w_out"])
 
     def hidden_units(self, x_MD: Tensor, start_n1: Tensor) -> Tensor:
         """(M, H): what the outer map reads, before dropout."""
-        hidden_MH: Tensor = in_place(self.activation)(_linear(x_MD, self.w_in, self.b_in, start_n1))
+        hidden_MH: Tensor = in_place(self.activation)(
+            _linear(x_MD, self.w_in, self.b_in, start_n1, self._memory["w_in"])
+        )
         if self.w_up is None:
             return hidden_MH
-        return hidden_MH * _linear(x_MD, self.w_up, self.b_up, start_n1)
+        return hidden_MH * _linear(x_MD, self.w_up, self.b_up, start_n1, self._memory["w_up"])
 
 
 class SharedExperts(nn.Module):
@@ -272,10 +278,11 @@ def _places_by_expert(routing: Routing, num_experts: int) -> tuple[Tensor, Pairs
     return weight_P[kept_M], slots, start_N1
 
 
-def _linear(x_MI: Tensor, w_nIO: Tensor, b_nO: Tensor | None, start_n1: Tensor) -> Tensor:
+def _linear(x_MI: Tensor, w_nIO: Tensor, b_nO: Tensor | None, start_n1: Tensor, memory: Reused) -> Tensor:
     """(M, O): every row times its expert's matrix, plus its bias, in the dtype of matrix products."""
     dtype = matmul_dtype(w_nIO)
-    return grouped_linear(x_MI.to(dtype), w_nIO.to(dtype), None if b_nO is None else b_nO.to(dtype), start_n1)
+    bias = None if b_nO is None else b_nO.to(dtype)
+    return grouped_linear(x_MI.to(dtype), w_nIO.to(dtype), bias, start_n1, memory)
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:

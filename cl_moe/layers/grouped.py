@@ -13,10 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from cl_moe.layers.reuse import Reused
+
+_LARGE = 2**25  # bytes from which C's allocator asks the system for every block anew
+_PART = 2**23  # bytes
 _PIECE = 1024  # rows to which biases are added at once: their copies stay in a processor's cache
 
 
-def grouped_linear(x_MI: Tensor, w_nIO: Tensor, b_nO: Tensor | None, start_n1: Tensor) -> Tensor:
+def grouped_linear(
+    x_MI: Tensor, w_nIO: Tensor, b_nO: Tensor | None, start_n1: Tensor, memory: Reused | None = None
+) -> Tensor:
     """(M, O): every row times its expert's matrix, plus its bias.
 
     What is not to be changed keeps nothing for the backward pass, and the bias is added where the product
@@ -27,8 +33,9 @@ def grouped_linear(x_MI: Tensor, w_nIO: Tensor, b_nO: Tensor | None, start_n1: T
         w_nIO: (n, I, O), of the same dtype.
         b_nO: (n, O), of the same dtype, or None.
         start_n1: (n + 1,) int64, from 0 to M.
+        memory: where the gradient of the matrices stands, if it is large.
     """
-    return _Linear.apply(x_MI, w_nIO, b_nO, start_n1)
+    return _Linear.apply(x_MI, w_nIO, b_nO, start_n1, memory)
 
 
 def grouped_mm(x_MI: Tensor, w_nIO: Tensor, start_n1: Tensor) -> Tensor:
@@ -44,14 +51,26 @@ def grouped_mm(x_MI: Tensor, w_nIO: Tensor, start_n1: Tensor) -> Tensor:
     return looped_mm(x_MI, w_nIO, start_n1)
 
 
-def grouped_outer(x_MI: Tensor, grad_MO: Tensor, start_n1: Tensor) -> Tensor:
-    """(n, I, O): for every expert the sum of its rows' outer products; 0 for one without rows."""
+def grouped_outer(x_MI: Tensor, grad_MO: Tensor, start_n1: Tensor, memory: Reused | None = None) -> Tensor:
+    """(n, I, O): for every expert the sum of its rows' outer products; 0 for one without rows.
+
+    Where that is large, and there is memory for it, it is put together from pieces that stay in a cache.
+    """
     n, num_in, num_out = start_n1.numel() - 1, x_MI.shape[1], grad_MO.shape[1]
     if x_MI.shape[0] == 0:
         return x_MI.new_zeros(n, num_in, num_out)
-    if _stock_serves(grad_MO.new_empty(0, num_in, num_out)):
+    if not _stock_serves(grad_MO.new_empty(0, num_in, num_out)):
+        return looped_outer(x_MI, grad_MO, start_n1)
+    expert_bytes = num_in * num_out * grad_MO.element_size()
+    if memory is None or not x_MI.is_cpu or n * expert_bytes < _LARGE:
         return nn.functional.grouped_mm(x_MI.t(), grad_MO, offs=start_n1[1:].int())
-    return looped_outer(x_MI, grad_MO, start_n1)
+    outer_nIO, step = memory.empty((n, num_in, num_out), grad_MO), max(1, _PART // expert_bytes)
+    for first in range(0, n, step):
+        own_n1 = start_n1[first : first + step + 1]
+        begin, end = own_n1[[0, -1]].tolist()
+        part = x_MI[begin:end], grad_MO[begin:end], own_n1 - begin
+        outer_nIO[first : first + step] = grouped_outer(*part)
+    return outer_nIO
 
 
 def looped_mm(x_MI: Tensor, w_nIO: Tensor, start_n1: Tensor) -> Tensor:
@@ -75,10 +94,12 @@ def _stock_serves(w_nIO: Tensor) -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_MI: Tensor, w_nIO: Tensor, b_nO: Tensor | None, start_n1: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_MI: Tensor, w_nIO: Tensor, b_nO: Tensor | None, start_n1: Tensor, memory: Reused | None
+    ) -> Tensor:
         x_learns, w_learns, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x_MI if w_learns else None, w_nIO if x_learns else None, start_n1)
-        num_rows = x_MI.shape[0]
+        ctx.memory, num_rows = memory, x_MI.shape[0]
         if num_rows == 0:
             return x_MI.new_zeros(0, w_nIO.shape[2])
         out_MO = grouped_mm(x_MI, w_nIO, start_n1)
@@ -92,7 +113,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x_MI, w_nIO, start_n1 = ctx.saved_tensors
         grad_MO, grad_x, grad_w, grad_b = grad_MO.contiguous(), None, None, None
         if ctx.needs_input_grad[0]:
@@ -100,10 +121,10 @@ class _Linear(torch.autograd.Function):
             if grad_MO.shape[0]:
                 grad_x = grouped_mm(grad_MO, w_nIO.transpose(1, 2), start_n1)
         if ctx.needs_input_grad[1]:
-            grad_w = grouped_outer(x_MI, grad_MO, start_n1)
+            grad_w = grouped_outer(x_MI, grad_MO, start_n1, ctx.memory)
         if ctx.needs_input_grad[2]:
             grad_b = _sum_of_rows(grad_MO, start_n1)
-        return grad_x, grad_w, grad_b, None
+        return grad_x, grad_w, grad_b, None, None
 
 
 def _sum_of_rows(grad_MO: Tensor, start_n1: Tensor) -> Tensor:

@@ -73,6 +73,11 @@ class KeyCohort(nn.Module):
         score_hTr = torch.bmm(query_hTH, keys_SrH[:, side].transpose(1, 2))
         return score_hTr.transpose(0, 1).reshape(query_QSH.shape[0], keys_SrH.shape[2])
 
+    def freeze_statistics(self) -> None:
+        """Give back where gradients stood: none will come any more."""
+        for name in self.tables:
+            getattr(self, name).memory.release()
+
     @torch.no_grad()
     def copy_most_used(self, grid: Sequence[KeyCohort], among: range, load_N: Tensor, noise: float) -> None:
         """Become copies of the most used rows and columns of a grid, plus noise.

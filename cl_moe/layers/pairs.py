@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import functools
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cl_moe.layers.tables import sparse_rows, wants_rows
+from cl_moe.layers.tables import GradientPlace, gradient_place, sparse_rows
+
+_PIECE_BYTES = 2**20
 
 
 class Pairs:
@@ -96,12 +99,12 @@ def regular_pairs(column_RK: Tensor, num_columns: int) -> Pairs:
 
 def pair_dot(a_RD: Tensor, b_CD: Tensor, pairs: Pairs) -> Tensor:
     """(P,): ``a[row] . b[column]`` of every pair; float32 or float64."""
-    return _Dot.apply(a_RD, b_CD, pairs, wants_rows(b_CD))
+    return _Dot.apply(a_RD, b_CD, pairs, gradient_place(b_CD))
 
 
 def pair_sum(weight_P: Tensor, table_CD: Tensor, pairs: Pairs) -> Tensor:
     """(R, D): for every row the sum of ``weight * table[column]`` over its pairs; float32 or float64."""
-    return _Sum.apply(weight_P, table_CD, pairs, wants_rows(table_CD))
+    return _Sum.apply(weight_P, table_CD, pairs, gradient_place(table_CD))
 
 
 def pair_gather(table_RD: Tensor, pairs: Pairs) -> Tensor:
@@ -151,9 +154,9 @@ def _warn_sparse_beta() -> None:
 
 class _Dot(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a_RD: Tensor, b_CD: Tensor, pairs: Pairs, by_rows: bool) -> Tensor:
+    def forward(ctx: Any, a_RD: Tensor, b_CD: Tensor, pairs: Pairs, place: GradientPlace) -> Tensor:
         ctx.save_for_backward(a_RD, b_CD)
-        ctx.pairs, ctx.by_rows = pairs, by_rows
+        ctx.pairs, ctx.place = pairs, place
         return _dot(a_RD, b_CD, pairs)
 
     @staticmethod
@@ -162,16 +165,17 @@ class _Dot(torch.autograd.Function):
         a_RD, b_CD = ctx.saved_tensors
         grad_P = grad_P.contiguous()
         grad_a = _bag(b_CD, ctx.pairs, grad_P) if ctx.needs_input_grad[0] else None
-        column_sum = _touched_sum if ctx.by_rows else _column_sum
-        grad_b = column_sum(grad_P, a_RD, ctx.pairs) if ctx.needs_input_grad[1] else None
+        grad_b = None
+        if ctx.needs_input_grad[1]:
+            grad_b = _table_gradient(grad_P, a_RD, ctx.pairs, ctx.place)
         return grad_a, grad_b, None, None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight_P: Tensor, table_CD: Tensor, pairs: Pairs, by_rows: bool) -> Tensor:
+    def forward(ctx: Any, weight_P: Tensor, table_CD: Tensor, pairs: Pairs, place: GradientPlace) -> Tensor:
         ctx.save_for_backward(weight_P, table_CD)
-        ctx.pairs, ctx.by_rows = pairs, by_rows
+        ctx.pairs, ctx.place = pairs, place
         return _bag(table_CD, pairs, weight_P)
 
     @staticmethod
@@ -180,8 +184,9 @@ class _Sum(torch.autograd.Function):
         weight_P, table_CD = ctx.saved_tensors
         grad_RD = grad_RD.contiguous()
         grad_weight = _dot(grad_RD, table_CD, ctx.pairs) if ctx.needs_input_grad[0] else None
-        column_sum = _touched_sum if ctx.by_rows else _column_sum
-        grad_table = column_sum(weight_P, grad_RD, ctx.pairs) if ctx.needs_input_grad[1] else None
+        grad_table = (
+            _table_gradient(weight_P, grad_RD, ctx.pairs, ctx.place) if ctx.needs_input_grad[1] else None
+        )
         return grad_weight, grad_table, None, None
 
 
@@ -198,13 +203,30 @@ class _Gather(torch.autograd.Function):
         return _bag(grad_PD.contiguous(), ctx.pairs, None), None
 
 
-def _column_sum(weight_P: Tensor, table_RD: Tensor, pairs: Pairs) -> Tensor:
-    """(C, D): for every column the sum of ``weight * table[row]`` over its pairs."""
-    by_column, order_P = pairs.transpose()
-    return _bag(table_RD, by_column, weight_P[order_P])
+def _table_gradient(weight_P: Tensor, table_RD: Tensor, pairs: Pairs, place: GradientPlace) -> Tensor:
+    """(C, D): for every column the sum of ``weight * table[row]`` over its pairs.
 
-
-def _touched_sum(weight_P: Tensor, table_RD: Tensor, pairs: Pairs) -> Tensor:
-    """The same as a sparse (C, D) tensor of the columns that occur, bit for bit."""
+    By rows it is a sparse tensor of the columns that occur, the same bit for bit.
+    """
+    if not place.by_rows:
+        by_column, order_P = pairs.transpose()
+        return _bag_in(place, table_RD, by_column, weight_P[order_P])
     column_U, by_column, order_P = pairs.compact()
-    return sparse_rows(column_U, _bag(table_RD, by_column, weight_P[order_P]), pairs.num_columns)
+    value_UD = _bag_in(place, table_RD, by_column, weight_P[order_P])
+    return sparse_rows(column_U, value_UD, pairs.num_columns)
+
+
+def _bag_in(place: GradientPlace, table_RD: Tensor, pairs: Pairs, weight_P: Tensor) -> Tensor:
+    """``_bag``, put together in the memory that is for it from pieces that stay in a cache."""
+    width, num_rows = table_RD.shape[1], pairs.num_rows
+    size = max(1, _PIECE_BYTES // (width * table_RD.element_size()))
+    if place.memory is None or num_rows <= size:
+        return _bag(table_RD, pairs, weight_P)
+    out_RD = place.memory.empty((num_rows, width), table_RD)
+    bounds = [*pairs.start_R1[:-1:size].tolist(), weight_P.numel()]
+    for index, (begin, end) in enumerate(pairwise(bounds)):
+        rows = slice(index * size, min((index + 1) * size, num_rows))
+        start_R1 = pairs.start_R1[rows.start : rows.stop + 1] - begin
+        piece = Pairs(start_R1, pairs.column_P[begin:end], pairs.num_columns)
+        out_RD[rows] = _bag(table_RD, piece, weight_P[begin:end])
+    return out_RD

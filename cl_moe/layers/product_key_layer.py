@@ -20,12 +20,14 @@ from cl_moe.layers.crossings import with_gradient
 from cl_moe.layers.expert_layer import ExpertLayer
 from cl_moe.layers.key_cohort import KeyCohort
 from cl_moe.layers.precision import no_autocast, wide
-from cl_moe.layers.product_keys import Found, blocks_of, grid_size, search
+from cl_moe.layers.product_keys import Found, grid_size, joined
 from cl_moe.layers.queries import Queries, QueryNorm, add_query_net, ask
-from cl_moe.layers.retrieval import Retrieval, compete
+from cl_moe.layers.retrieval import Retrieval
 from cl_moe.layers.routing import Routing
 from cl_moe.layers.tokens import Tokens, flat_tokens
 from cl_moe.layers.vector_experts import Dot, Part, expert_sum
+
+_QUERIES = 1024
 
 
 class ProductKeyLayer(ExpertLayer):
@@ -248,23 +250,22 @@ class ProductKeyLayer(ExpertLayer):
         asked = range(chosen[-1] + 1) if self._by_shells else chosen  # young shells have pairs with old ones
         shared_QSH = None if self._own_queries else ask(self, tokens, self.queries)
         # What the compiler sees, and a query net of each cohort, keep to the gradients of all scores.
-        apart = shared_QSH is not None and not torch.compiler.is_compiling()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not apart):
-            found = self._search({c: self._scores(c, tokens, shared_QSH) for c in asked}, chosen)
-        return self._learnable(found, shared_QSH, asked) if shared_QSH is not None and apart else found
+        if shared_QSH is None or torch.compiler.is_compiling():
+            return self._search({c: self._scores(c, tokens, shared_QSH) for c in asked}, chosen)
+        with torch.no_grad():
+            pieces = shared_QSH.split(self._piece if shared_QSH.is_cpu else max(1, shared_QSH.shape[0]))
+            lists = [self._search({c: self._scores(c, tokens, q) for c in asked}, chosen) for q in pieces]
+            found = lists[0] if len(lists) == 1 else [joined(one) for one in zip(*lists, strict=True)]
+        return self._learnable(found, shared_QSH, asked)
+
+    @property
+    def _piece(self) -> int:
+        """How many queries are searched at once: whole tokens, few enough for a processor's cache."""
+        return self.heads * max(1, _QUERIES // self.heads)
 
     def _search(self, scores: Mapping[int, Sequence[Tensor]], chosen: Sequence[int]) -> list[Found]:
-        adds = self.retrieval.policy == "sum"
-        if self._by_shells:
-            side_scores = [torch.cat([score[side] for score in scores.values()], dim=1) for side in range(2)]
-            rows = [self._cohort(c).rows for c in chosen]
-            parts = [[one] for one in rows] if adds else [rows]
-            return [search(side_scores, self.k, blocks_of(part)) for part in parts]
-        found = []
-        for c in chosen:
-            score, expert = search(scores[c], self.k)
-            found.append(Found(score, expert + sum(self.cohort_sizes[:c])))
-        return found if adds else [compete(found, self.k)]
+        firsts = {c: sum(self.cohort_sizes[:c]) for c in chosen}
+        return self.retrieval.search(scores, {c: self._cohort(c).rows for c in chosen}, firsts, self.k)
 
     def _learnable(self, found: Sequence[Found], query_QSH: Tensor, asked: Sequence[int]) -> list[Found]:
         firsts = None if self._by_shells else [sum(self.cohort_sizes[:c]) for c in asked]

@@ -41,6 +41,11 @@ class Block(NamedTuple):
     columns: range
 
 
+def joined(pieces: Sequence[Found]) -> Found:
+    """What was found for one part of the queries after the other."""
+    return Found(*(torch.cat(part) for part in zip(*pieces, strict=True)))
+
+
 def grid_size(num_experts: int, key: str) -> int:
     """The m of a grid of m x m experts.
 
@@ -112,7 +117,7 @@ def search(score_Qm: Sequence[Tensor], k: int, blocks: Sequence[Block] | None = 
         row_QP, column_QP = (_joined(side) for side in zip(*pairs, strict=True))
         sum_QP = score_Qm[0].gather(1, row_QP) + score_Qm[1].gather(1, column_QP)
         total = sum(len(block.rows) * len(block.columns) for block in blocks)
-        best_QC = top_k_first(sum_QP, min(k, total), rank_RN=_tie_rank(row_QP, column_QP))
+        best_QC = top_k_first(sum_QP, min(k, total), rank_RN=lambda: tie_rank(row_QP, column_QP))
         row_QC, column_QC = row_QP.gather(1, best_QC), column_QP.gather(1, best_QC)
     score_QC = score_Qm[0].gather(1, row_QC) + score_Qm[1].gather(1, column_QC)
     return Found(score_QC, shell_index(row_QC, column_QC))
@@ -174,7 +179,7 @@ def _useful_places(rows: int, columns: int, k: int) -> tuple[list[int], list[int
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def _tie_rank(row: Tensor, column: Tensor) -> Tensor:
+def tie_rank(row: Tensor, column: Tensor) -> Tensor:
     """Shell, then row, then column: an order that grows with each coordinate, so that pruning respects it."""
     shell = torch.maximum(row, column)
     return shell * shell + row + torch.where(row == shell, column, 0)

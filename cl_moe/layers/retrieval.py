@@ -1,19 +1,18 @@
 """The options of product-key retrieval that PEER and product-key memories share.
 
-Legend: Q queries (one per token and head), C candidates of all cohorts, K retrieved.
+Legend: Q queries (one per token and head), m sub-keys of one cohort's side, K retrieved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 
 from cl_moe.errors import InputError
 from cl_moe.layers.product_keys import Found
-from cl_moe.layers.selection import top_k_first
+from cl_moe.layers.several_grids import search_grids, search_shells
 
 _ALLOWED = {
     "keys": ("shared", "per_head"),
@@ -62,17 +61,23 @@ class Retrieval:
         """(Q, K) gating weights of retrieved scores."""
         return score_QK.softmax(dim=-1) if self.gate == "softmax" else score_QK.sigmoid()
 
+    def search(
+        self,
+        scores: Mapping[int, Sequence[Tensor]],
+        rows: Mapping[int, range],
+        firsts: Mapping[int, int],
+        k: int,
+    ) -> list[Found]:
+        """What is retrieved, (Q, k) with ids for life: one list, or under ``sum`` one of each cohort.
 
-def compete(found: Sequence[Found], k: int) -> Found:
-    """The k best of several cohorts' candidates, best first; ties go to the cohort that stands first.
-
-    Args:
-        found: each cohort's best, best first, with ids for life.
-        k: at most as many as there are candidates.
-    """
-    if len(found) == 1:
-        return found[0]
-    score_QC = torch.cat([f.score for f in found], dim=1)
-    expert_QC = torch.cat([f.expert for f in found], dim=1)
-    best_QK = top_k_first(score_QC, k)  # candidates stand in the order that ties go by
-    return Found(score_QC.gather(1, best_QK), expert_QC.gather(1, best_QK))
+        Args:
+            scores: by cohort, oldest first, the (Q, m) scores of both sides; of shells also where a cohort is
+                not searched itself.
+            rows: the rows (and columns) of each cohort that is searched, in its grid.
+            firsts: the id of its first expert.
+            k: at most the experts that are searched, under ``sum`` of every cohort.
+        """
+        groups = [[c] for c in rows] if self.policy == "sum" else [list(rows)]
+        if self.grow_by == "shell":
+            return [search_shells(list(scores.values()), [rows[c] for c in group], k) for group in groups]
+        return [search_grids([scores[c] for c in group], [firsts[c] for c in group], k) for group in groups]

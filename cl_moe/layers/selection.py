@@ -5,14 +5,18 @@ Legend: R rows, N candidates, k chosen, G groups of g, B = k + 1, C = g B.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+Rank = Tensor | Callable[[], Tensor] | None
 
 _MAX_RANK = 2**32 - 1
 _GROUP = 8
 
 
-def top_k_first(score_RN: Tensor, k: int, rank_RN: Tensor | None = None) -> Tensor:
+def top_k_first(score_RN: Tensor, k: int, rank_RN: Rank = None) -> Tensor:
     """(R, k) int64: positions of the k highest scores, best first; among equals the lower rank wins.
 
     ``torch.topk`` promises nothing about equals. In float32 the score's bits and the rank make one int64 key
@@ -22,7 +26,8 @@ def top_k_first(score_RN: Tensor, k: int, rank_RN: Tensor | None = None) -> Tens
     Args:
         score_RN: (R, N) floating, no NaN.
         k: 1 <= k <= N.
-        rank_RN: (R, N) or (N,) int64 in [0, 2^32), the order among equals; None: the position.
+        rank_RN: (R, N) or (N,) int64 in [0, 2^32), the order among equals, or what returns it, asked only
+            where there are equals; None: the position.
 
     >>> top_k_first(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 2)
     tensor([[1, 2]])
@@ -31,12 +36,13 @@ def top_k_first(score_RN: Tensor, k: int, rank_RN: Tensor | None = None) -> Tens
     """
     score_RN = score_RN.detach()
     if not _is_quick(score_RN):
-        return _ranked(score_RN, k, rank_RN)
+        return _ranked(score_RN, k, rank_RN() if callable(rank_RN) else rank_RN)
     pick = _by_groups if score_RN.shape[1] >= _GROUP * 2 * (k + 1) else _of_all
     best_RB, at_RB = pick(score_RN, min(k + 1, score_RN.shape[1]))
     at_RK, tied_R = at_RB[:, :k], (best_RB[:, 1:] == best_RB[:, :-1]).any(dim=1)
     if bool(tied_R.any()):  # seldom; where the k + 1 best all differ, nothing is left to a rule for ties
-        rank = rank_RN[tied_R] if rank_RN is not None and rank_RN.dim() == 2 else rank_RN
+        rank = rank_RN() if callable(rank_RN) else rank_RN
+        rank = rank[tied_R] if rank is not None and rank.dim() == 2 else rank
         at_RK[tied_R] = _ranked(score_RN[tied_R], k, rank)
     return at_RK
 
@@ -54,16 +60,18 @@ def _of_all(score_RN: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
 def _by_groups(score_RN: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """The same where N is large: the best stand in as many groups, those of the highest maxima."""
-    num_rows, num_all = score_RN.shape
-    num_groups = -(-num_all // _GROUP)
-    if num_all % _GROUP:
-        missing = num_groups * _GROUP - num_all
-        score_RN = nn.functional.pad(score_RN, (0, missing), value=-torch.inf)
-    score_RgG = score_RN.view(num_rows, _GROUP, num_groups)  # a group is a column: quick to reduce
+    num_groups = score_RN.shape[1] // _GROUP
+    grouped = num_groups * _GROUP
+    score_RgG = score_RN[:, :grouped].unflatten(
+        1, (_GROUP, num_groups)
+    )  # a group is a column: quick to reduce
     group_RB = _of_all(score_RgG.amax(dim=1), num)[1]
-    candidate_RC = score_RgG.gather(2, group_RB.unsqueeze(1).expand(-1, _GROUP, -1)).reshape(num_rows, -1)
+    candidate_RC = score_RgG.gather(2, group_RB.unsqueeze(1).expand(-1, _GROUP, -1)).flatten(1)
+    if grouped < score_RN.shape[1]:  # fewer than a group are left, and all of them are looked at
+        candidate_RC = torch.cat([candidate_RC, score_RN[:, grouped:]], dim=1)
     best_RB, place_RB = _of_all(candidate_RC, num)
-    return best_RB, (place_RB // num) * num_groups + group_RB.gather(1, place_RB % num)
+    at_RB = (place_RB // num) * num_groups + group_RB.gather(1, place_RB % num)
+    return best_RB, torch.where(place_RB < _GROUP * num, at_RB, place_RB + (grouped - _GROUP * num))
 
 
 def _ranked(score_RN: Tensor, k: int, rank_RN: Tensor | None) -> Tensor:

@@ -6,12 +6,13 @@ Legend: N rows of a table, D width, U touched rows, E entries, in which a row ma
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cl_moe.layers.ranks import num_ranks
+from cl_moe.layers.reuse import Reused
 
 
 class ExpertTable(nn.Parameter):
@@ -24,21 +25,39 @@ class ExpertTable(nn.Parameter):
     Attributes:
         by_rows: whether its gradient is to be one of rows.
         exchanged: whether ranks hand each other such gradients, or a rank has this part of a table to itself.
+        memory: where its gradients stand, one after the other.
     """
 
     by_rows: bool
     exchanged: bool
+    memory: Reused
 
     def __new__(cls, data: Tensor, requires_grad: bool = True) -> ExpertTable:
         """As a plain parameter, with dense gradients."""
         table = super().__new__(cls, data, requires_grad)
         table.by_rows = table.exchanged = False
+        table.memory = Reused()
         return table
 
 
-def wants_rows(table: Tensor) -> bool:
-    """Whether a backward pass shall leave a gradient of rows for it; DDP averages whole ones."""
-    return isinstance(table, ExpertTable) and table.by_rows and (table.exchanged or num_ranks() == 1)
+class GradientPlace(NamedTuple):
+    """How a table's gradient is to be left.
+
+    Args:
+        by_rows: as the rows that occur alone; DDP averages whole gradients.
+        memory: where it stands; None: wherever torch puts it.
+    """
+
+    by_rows: bool = False
+    memory: Reused | None = None
+
+
+def gradient_place(table: Tensor) -> GradientPlace:
+    """What a table asks for; anything else has a dense gradient."""
+    if not isinstance(table, ExpertTable):
+        return GradientPlace()
+    by_rows = table.by_rows and (table.exchanged or num_ranks() == 1)
+    return GradientPlace(by_rows, table.memory if table.is_cpu else None)
 
 
 def sparse_rows(row_U: Tensor, value_UD: Tensor, num_rows: int) -> Tensor:

@@ -17,7 +17,7 @@ from cl_moe.layers.pair_ops import own_pairs, table_dot, table_sum
 from cl_moe.layers.pairs import Pairs, pair_dot, pair_sum, regular_pairs
 from cl_moe.layers.precision import wide
 from cl_moe.layers.routing import Routing
-from cl_moe.layers.tables import wants_rows
+from cl_moe.layers.tables import gradient_place
 
 Dot = Callable[[str], Tensor]
 Coefficients = Callable[[Dot, Tensor], Tensor]
@@ -105,7 +105,7 @@ def _read(cohort: KeyCohort, pairs: Pairs) -> tuple[Callable[[str], Tensor], Pai
 
     def read(name: str) -> Tensor:
         own = getattr(cohort, name)
-        return wide(asked.rows(own, wants_rows(own)))
+        return wide(asked.rows(own, gradient_place(own).by_rows))
 
     return read, Pairs(pairs.start_R1, place_P, row_U.numel(), max_per_row=most)
 

@@ -125,7 +125,10 @@ class AdagradRows(RowRule):
 
 
 def portions(rows_UD: Tensor) -> Iterator[slice]:
-    """Slices of rows, each of about half a megabyte."""
+    """Slices of rows, each of about half a megabyte; all at once on a GPU."""
+    if not rows_UD.is_cpu:
+        yield slice(0, rows_UD.shape[0])
+        return
     size = max(1, _PORTION_BYTES // max(1, rows_UD.shape[1] * rows_UD.element_size()))
     for start in range(0, rows_UD.shape[0], size):
         yield slice(start, start + size)
