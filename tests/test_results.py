@@ -212,6 +212,8 @@ def test_an_experiment_cut_to_a_few_steps_gets_its_verdict(
 
     def run(command: list[str], check: bool) -> SimpleNamespace:
         words = [word.split(",")[0] if word.startswith("seed.") else word for word in command[3:]]
+        if any(word.startswith("distill=") and not word.endswith("/0") for word in words):
+            return SimpleNamespace(returncode=0)  # the student of a seed that was left out
         done = command_in(tmp_path, *words, "trainer.epochs=1", *inside)
         assert done.status == 0, f"{shlex.join(words)}\n{done.text}"
         return SimpleNamespace(returncode=done.status)
