@@ -80,14 +80,16 @@ def keep_freed() -> None:
 
     Else C's allocator asks the system for each block of 32 MiB and more anew, and gives back what is free at
     its end. Blocks of 256 MiB and more are still asked for, and half a GiB at most is kept at the end. Linux
-    (glibc) alone; where its environment variables say something else, they hold.
+    (glibc) alone, from 2.35 on (before it blocks from 32 MiB on are still asked for); where its environment
+    variables say something else, they hold.
     """
     if any(name in os.environ for name in _TUNED):
         return
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        library.mallopt(_MMAP_THRESHOLD, 2**28)
-        library.mallopt(_TRIM_THRESHOLD, 2**29)
+        # before 2.35 glibc refuses more than 32 MiB, and the second alone would leave the first at 128 KiB
+        if library.mallopt(_MMAP_THRESHOLD, 2**28) or library.mallopt(_MMAP_THRESHOLD, 2**25):
+            library.mallopt(_TRIM_THRESHOLD, 2**29)
 
 
 def optimizer_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,3 +108,24 @@ def test_no_library_is_loaded_for_it():
     code = "import sys; import cl_moe.memory; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("most", [2**40, 2**25], ids=["a newer glibc", "before 2.35"])
+def test_an_allocator_that_refuses_large_thresholds_keeps_what_is_freed_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """To set one threshold alone would fix the other at 128 KiB: each larger block a fresh one."""
+    taken: dict[int, int] = {}
+
+    def mallopt(which: int, value: int) -> int:
+        if which == memory._MMAP_THRESHOLD and value > most:
+            return 0
+        taken[which] = value
+        return 1
+
+    for name in memory._TUNED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    memory.keep_freed()
+    assert taken[memory._MMAP_THRESHOLD] == min(most, 2**28)
+    assert taken[memory._TRIM_THRESHOLD] == 2**29
