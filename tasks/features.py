@@ -71,9 +71,10 @@ def standardized(experiences: Sequence[Experience]) -> tuple[Experience, ...]:
     What comes later is not looked at, so a drift stays visible. A feature that does not vary there keeps its
     unit.
     """
-    seen = experiences[0].train.tensors[0]
-    mean_F, deviation_F = seen.mean(dim=0), seen.std(dim=0, correction=0)
-    scale_F = torch.where(deviation_F > 0, deviation_F, 1.0)
+    seen = experiences[0].train.tensors[0].double()
+    mean_F, deviation_F = seen.mean(dim=0).float(), seen.std(dim=0, correction=0).float()
+    # looked at itself: rounding gives equal numbers a deviation, too
+    scale_F = torch.where((seen != seen[0]).any(dim=0), deviation_F, 1.0)
 
     def changed(data: TensorDataset) -> TensorDataset:
         return TensorDataset((data.tensors[0] - mean_F) / scale_F, *data.tensors[1:])
