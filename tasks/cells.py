@@ -86,10 +86,19 @@ def pixels_of(table: Any, column: str, what: str, key: str, places: Sequence[int
 
 
 def as_bytes(picture: Any) -> Tensor:
-    """A decoded image: (H, W) uint8, or (3, H, W) in colour."""
+    """A decoded image: (H, W) uint8, or (3, H, W) in colour; of 16 bits a pixel the upper 8.
+
+    Raises:
+        ValueError: more bits.
+    """
     import numpy as np
 
-    wanted = "L" if picture.mode in ("1", "L", "I", "I;16", "LA") else "RGB"
+    if picture.mode.startswith("I"):  # Pillow's own conversion cuts at 255
+        deep = torch.from_numpy(np.array(picture).astype("int64"))
+        if not 0 <= deep.min() <= deep.max() < 1 << 16:
+            raise ValueError(f"values of {deep.min()} to {deep.max()}, which are not 16 bits a pixel")
+        return (deep >> 8).to(torch.uint8)
+    wanted = "L" if picture.mode in ("1", "L", "LA") else "RGB"
     pixels = torch.from_numpy(np.array(picture.convert(wanted)))
     return pixels if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 

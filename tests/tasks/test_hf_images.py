@@ -21,22 +21,23 @@ def pictures(folder: Path, mode: str, side: int = 6) -> dict[str, np.ndarray]:
     for label in ("cat", "owl"):
         (folder / label).mkdir(parents=True)
         for number in range(4):
-            shape = (side, side) if mode == "L" else (side, side, 3)
+            shape = (side, side, 3) if mode == "RGB" else (side, side)
             pixels = drawn.integers(0, 256, shape, dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / label / f"{number}.png")
+            deep = pixels.astype(np.uint16) * 257  # 16 bits a pixel
+            Image.fromarray(deep if mode == "I;16" else pixels).save(folder / label / f"{number}.png")
             made[f"{label}/{number}"] = pixels
     return made
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB"])
 def test_a_folder_of_images(tmp_path: Path, mode: str) -> None:
     made = pictures(tmp_path / "pictures", mode)
     source = {"path": str(tmp_path / "pictures"), "test_share": 0.25}
     stream = hf(source, {"input": "image", "label": "label"}, "class", 1)
-    assert stream.input_shape == ((6, 6) if mode == "L" else (3, 6, 6))
+    assert stream.input_shape == ((3, 6, 6) if mode == "RGB" else (6, 6))
     seen = torch.cat([side.tensors[0] for e in stream for side in (e.train, e.test)])
     expected = [
-        torch.from_numpy(p) if mode == "L" else torch.from_numpy(p).permute(2, 0, 1) for p in made.values()
+        torch.from_numpy(p).permute(2, 0, 1) if mode == "RGB" else torch.from_numpy(p) for p in made.values()
     ]
     assert Counter(x.numpy().tobytes() for x in (seen * 255).round().byte()) == Counter(
         x.contiguous().numpy().tobytes() for x in expected
