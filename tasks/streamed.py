@@ -187,8 +187,10 @@ def _tests(test: Table, parts: Sequence[Part], place: Callable[[Row], int]) -> l
     for row in test.rows():
         index = place(row)
         if index < 0 or (parts[index].number and row.label not in parts[index].number):
+            known = any(row.label in part.number for part in parts)
+            odd = row.domain if known or not row.label else row.label
             raise InputError(
-                got=f"{test.what}: {row.label or row.domain!r} in row {row.place}, which no training row has",
+                got=f"{test.what}: {odd!r} in row {row.place}, which no training row has",
                 allowed="classes and domains of the training rows",
                 key="stream.source.test",
             )

@@ -263,6 +263,12 @@ def test_a_test_class_that_nobody_learns_is_refused(frame: pd.DataFrame) -> None
         )
 
 
+def test_a_test_domain_that_nobody_learns_is_refused(frame: pd.DataFrame) -> None:
+    frame.loc[7, "place"] = "nowhere"
+    with pytest.raises(InputError, match="'nowhere' in row 7"):
+        hf({"path": write(frame, "a.csv")}, {"label": "kind", "domain": "place"}, "class", streaming=True)
+
+
 def test_a_class_that_nobody_tests_is_refused(frame: pd.DataFrame) -> None:
     path = write(frame[(frame.kind != "cow") | (frame.split != "test")], "a.jsonl")
     with pytest.raises(InputError, match=r"classes \[2\] of cow-dog without test examples"):
