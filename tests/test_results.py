@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import importlib.util
+import inspect
 import os
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import get_object
 
 from cl_moe import launch
 from cl_moe.errors import InputError
@@ -151,6 +154,20 @@ def test_names_that_are_no_experiments():
 def test_a_named_experiments_commands_are_its_own(name: str, tmp_path: Path):
     for words in results.commands(NAMED[name], tmp_path):
         assert f"experiment={name}" in words
+
+
+def first_of(word: str) -> str:
+    """An override, with the first value of a sweep."""
+    key, _, value = word.partition("=")
+    return word if value.startswith("[") or "=" not in word else f"{key}={value.split(',')[0]}"
+
+
+@pytest.mark.parametrize("name", sorted(NAMED))
+def test_the_sources_own_size_is_an_override(name: str, composed: Callable):
+    """What stands before the first comma that ends a word; the rest is said in words."""
+    words = shlex.split(re.split(r",(?= )", NAMED[name].about["Full scale"])[0])
+    stream = composed(f"experiment={name}", *map(first_of, words)).stream
+    assert {*stream} - {"_target_"} <= {*inspect.signature(get_object(stream._target_)).parameters}
 
 
 NEEDS_DATA = pytest.mark.skipif(not os.environ.get("CL_MOE_DATA"), reason="its data are in CL_MOE_DATA")
