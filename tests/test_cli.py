@@ -199,7 +199,13 @@ def test_wrong_input_in_one_job_of_a_multirun(command: Callable, tmp_path: Path)
     assert (tmp_path / "sweep/1/accuracy_matrix.csv").exists()
 
 
-@pytest.mark.parametrize("where", ["training_step", "test_step", "configure_optimizers"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "training_step",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("test_step", "configure_optimizers")),
+    ],
+)
 @pytest.mark.parametrize(
     ("number", "status", "words"),
     [(signal.SIGINT, 130, "go on: cl-moe resume="), (signal.SIGTERM, 75, "go on: cl-moe resume=")],

@@ -71,7 +71,9 @@ def test_it_is_another_arm_linked_to_its_teacher_with_its_cost(taught: Path):
     assert "cost/compression" not in teacher.data.metrics
 
 
-@pytest.mark.parametrize("count", [3, 14])  # in the first experience, and in the second
+@pytest.mark.parametrize(
+    "count", [pytest.param(3, marks=pytest.mark.slow), 14]
+)  # in the first experience, and in the second
 def test_a_student_cut_off_ends_with_the_same_bits(
     count: int, taught: Path, tmp_path: Path, command_in: Callable, monkeypatch: pytest.MonkeyPatch
 ):

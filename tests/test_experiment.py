@@ -57,7 +57,16 @@ def state(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("path", PATHS)
+QUICKLY = (
+    *("replay and lwf", "switch", "peer", "domain", "cut", "zero_output", "adamw carried"),
+    *("text top_k", "text peer"),
+)
+"""Paths that are not slow: each option of the others is in one of them, or has a test of its own."""
+
+
+@pytest.mark.parametrize(
+    "path", [path if path in QUICKLY else pytest.param(path, marks=pytest.mark.slow) for path in PATHS]
+)
 def test_a_path_trains_and_its_record_holds_together(path: str, command: Callable, tmp_path: Path):
     done = command(*PATHS[path])
     assert done.status == 0, done.text
@@ -132,7 +141,9 @@ IDENTICAL = {
 }
 
 
-@pytest.mark.parametrize("name", IDENTICAL)
+@pytest.mark.parametrize(
+    "name", ["moe", "peer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "switch"))]
+)
 def test_two_runs_of_one_configuration_are_bit_identical(name: str, command: Callable, tmp_path: Path):
     for out in ("a", "b"):
         torch.manual_seed(len(out) + ord(out))  # the program must not draw from what it finds

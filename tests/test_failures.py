@@ -163,7 +163,13 @@ MOMENTS: dict[str, tuple[object, str, tuple[str, ...], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    [
+        moment if moment in ("training", "saving") else pytest.param(moment, marks=pytest.mark.slow)
+        for moment in MOMENTS
+    ],
+)
 def test_out_of_memory_says_where_and_what_to_lower(
     moment: str, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

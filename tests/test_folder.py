@@ -60,6 +60,7 @@ def test_a_run_goes_on_in_its_store_from_another_working_folder(command_in: Call
     assert found.status == 0, found.text
 
 
+@pytest.mark.slow
 def test_a_child_elsewhere_has_the_store_of_its_own_working_folder(command_in: Callable, tmp_path: Path):
     home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
     home.mkdir()
@@ -183,7 +184,7 @@ def test_resume_comes_from_the_command_line(command_in: Callable, tmp_path: Path
     assert (done.status, done.text.count("change: resume")) == (2, 1), done.text
 
 
-@pytest.mark.parametrize("where", ["in training", "at the end"])
+@pytest.mark.parametrize("where", ["in training", pytest.param("at the end", marks=pytest.mark.slow)])
 def test_a_sweep_that_was_stopped_goes_on_as_a_sweep(
     where: str, command_in: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -245,6 +245,7 @@ def test_a_language_model_goes_on_without_a_jump(command: Callable, tmp_path: Pa
     assert torch.equal(rows(tmp_path / "child")[:2], rows(tmp_path / "out")[:2])
 
 
+@pytest.mark.slow
 def test_gates_that_do_not_sum_to_1_change_the_function_and_it_says_by_how_much(
     family: Path, command_in: Callable, composed: Callable
 ):
