@@ -178,7 +178,13 @@ def test_a_sweep_over_other_values_is_another_sweep(command_in: Callable, tmp_pa
 
 @pytest.mark.parametrize(
     "content",
-    ["", "value: many\nobjective: stream/average_accuracy\n", "objective: x\nvalue: 1.0\n", "[1]", "a: ["],
+    [
+        "value: many\nobjective: stream/average_accuracy\n",
+        *(
+            pytest.param(text, marks=pytest.mark.slow)
+            for text in ("", "objective: x\nvalue: 1.0\n", "[1]", "a: [")
+        ),
+    ],
 )
 def test_a_mark_that_is_none_is_passed_over(content: str, command_in: Callable, tmp_path: Path):
     words = (*AGAIN, "tracking=none")

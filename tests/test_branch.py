@@ -181,6 +181,7 @@ def test_a_killed_child_goes_on_as_itself(
     assert all([step for step, _ in mine[key]] == [step for step, _ in through[key]] for key in mine)
 
 
+@pytest.mark.slow
 def test_a_child_that_has_begun_needs_its_parent_no_more(here: Path, command_in: Callable):
     assert command_in(here, *BRANCH, *GROWN).status == 0
     before = contents(here / "child")[artifacts.MATRIX]

@@ -124,7 +124,16 @@ def test_a_tampered_checkpoint_writes_nothing_outside(part: str, command: Callab
 
 
 @pytest.mark.usefixtures("no_drawing")
-@pytest.mark.parametrize("text", ["../../etc", "a" * 31, "'; DROP TABLE runs; --", "\0", "/" * 32])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "../../etc",
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in ("a" * 31, "'; DROP TABLE runs; --", "\0", "/" * 32)
+        ),
+    ],
+)
 def test_a_run_id_is_no_path(text: str, command: Callable, tmp_path: Path) -> None:
     assert command(*SMALL).status == 0
     Path("out/mlflow_run_id").write_text(text)

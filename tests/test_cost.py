@@ -224,7 +224,13 @@ def fixed_strategies() -> list[str]:
     return [name for name, found in classes.items() if not found.cost_varies]
 
 
-@pytest.mark.parametrize("name", fixed_strategies())
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("ewc", "lifelong_moe") else pytest.param(name, marks=pytest.mark.slow)
+        for name in fixed_strategies()
+    ],
+)
 def test_terms_that_do_not_vary_cost_as_if_every_step_were_counted(
     name: str, run_of: Callable, monkeypatch: pytest.MonkeyPatch
 ):

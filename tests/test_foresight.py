@@ -141,7 +141,7 @@ def test_nobody_looks_where_no_schedule_asks(build, monkeypatch) -> None:
     assert [e["experience"] for e in run.learner.ledger if e["act"] == "grow"] == [2]
 
 
-@pytest.mark.parametrize("layer", ["moe", "peer"])
+@pytest.mark.parametrize("layer", ["moe", pytest.param("peer", marks=pytest.mark.slow)])
 def test_whom_to_copy_is_told_by_training_data_alone(layer: str, composed, tmp_path, monkeypatch) -> None:
     def learnt(blank: bool) -> dict[str, bytes]:
         create = launch.instantiate

@@ -94,7 +94,9 @@ FROZEN = {
 }
 
 
-@pytest.mark.parametrize("name", FROZEN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow) if x == "text in depth" else x for x in FROZEN]
+)
 def test_weights_that_are_frozen_forgot_nothing(name: str, go: Go):
     run = go((*FROZEN[name], "freeze=all_past"))
     _nothing_but_routing(run.measured.matrix, run.measured.rewound)

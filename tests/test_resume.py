@@ -248,6 +248,7 @@ def test_a_given_output_dir_can_be_resumed_from_elsewhere(command_in, tmp_path):
     assert not (elsewhere / "mine").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_config_dir_of_its_own_resumes_alone(command_in, tmp_path):
     (tmp_path / "mine" / "optimizer").mkdir(parents=True)
     (tmp_path / "mine" / "optimizer" / "slow.yaml").write_text("_target_: cl_moe.optim.SGD\nlr: 0.01\n")

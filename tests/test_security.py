@@ -96,7 +96,11 @@ WORDS = [  # stored arguments, none of which Hydra refuses by itself
 ]
 
 
-@pytest.mark.parametrize("words", WORDS, ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [*WORDS[:2], *(pytest.param(x, marks=pytest.mark.slow) for x in WORDS[2:])],
+    ids=" ".join,
+)
 def test_stored_arguments_call_nothing_but_builders(
     words: tuple[str, ...], started: Path, command: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

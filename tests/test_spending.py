@@ -106,6 +106,7 @@ def test_a_branch_with_a_larger_budget_goes_on(build, spent) -> None:
         assert bool(child.spending.cuts) != trains
 
 
+@pytest.mark.slow
 def test_a_refusing_budget_fails_where_it_could_not_be_known(build, spent) -> None:
     with pytest.raises(RunFailedError, match=r"budget.flops=.* is spent .*(.|\n)*kept: the state after"):
         run_experiment(build("refusing", f"budget.flops={spent[0] - 1}"))

@@ -186,6 +186,7 @@ def test_a_server_takes_a_run_and_its_resume(server: Server, tmp_path: Path) -> 
     assert artifacts(MlflowClient(server.uri)) == {"table.csv"}
 
 
+@pytest.mark.slow
 def test_a_file_that_vanishes_and_comes_back(
     undisturbed: Path, command_in: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
