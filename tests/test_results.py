@@ -162,7 +162,17 @@ def first_of(word: str) -> str:
     return word if value.startswith("[") or "=" not in word else f"{key}={value.split(',')[0]}"
 
 
-@pytest.mark.parametrize("name", sorted(NAMED))
+UNLIKE = {
+    "lifelong_growth",
+    "peer_batchnorm",
+    "stability_gap",
+    "switch_dropout",
+}  # others resemble one of them
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in UNLIKE else pytest.mark.slow) for name in sorted(NAMED)]
+)
 def test_the_sources_own_size_is_an_override(name: str, composed: Callable):
     """What stands before the first comma that ends a word; the rest is said in words."""
     words = shlex.split(re.split(r",(?= )", NAMED[name].about["Full scale"])[0])
