@@ -35,7 +35,7 @@ def runs(folder: Path) -> list:
 WRONG: dict[tuple[str, ...], tuple[str, ...]] = {  # arguments: words that the message must hold
     ("stream=nonsense",): (
         "got: stream=nonsense",
-        "allowed: arriving, corrupted_mnist, hf, intents",
+        "allowed: arriving, coloured_mnist, corrupted_mnist, hf, intents",
         "change: stream",
     ),
     ("layer=moe", "layer.num_expert=4"): (

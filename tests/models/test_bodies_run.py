@@ -108,7 +108,7 @@ def test_depth_and_projections_through_the_command_line(body: str, command) -> N
     ("words", "key"),
     [
         (["model=encoder"], "model (or stream)"),
-        (["model=encoder_classifier"], "stream (or model)"),
+        (["model=encoder_classifier"], "model (or stream)"),
         (["model=patch_transformer", "model.depth={share:0.5}"], "model.depth.share"),
         (["model=patch_transformer", "model.depth=deep"], "model.depth"),
         (["model=patch_transformer", "model.attention_slots=[q]"], "model.attention_slots"),
