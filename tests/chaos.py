@@ -1,6 +1,6 @@
 """Not a test by itself: one run killed at random moments and resumed each time, held against one left alone.
 
-``make chaos SEED=1`` plays it with 20 kills, ``test_chaos.py`` with five; ``test_resume.py`` borrows parts.
+``make chaos SEED=1`` plays it with 20 kills, ``test_chaos.py`` with three; ``test_resume.py`` borrows parts.
 The run has six experiences, growth, freezing, replay and distillation. Half of the signals are SIGKILL, half
 SIGTERM; they come at random times, so they meet whatever the program is doing: composing its configuration,
 opening the store, training, saving, evaluating, sending, drawing.
@@ -37,6 +37,7 @@ DRIVER = Path(__file__).with_name("killed.py")
 WALL_CLOCK = {f"cost/{name}seconds" for name in ("", "eval_", "diagnostics_")}
 WALL_CLOCK |= {"cost/tokens_per_second", "cost/peak_memory_bytes"}
 STARTING = 1.0  # seconds, about, from a process' start to its first work
+AFTERWARDS = 0.3  # seconds, enough to reach what comes between two checkpoints
 PATIENCE = 300  # seconds that a process may take on a machine with other work
 
 
@@ -71,32 +72,42 @@ def start(
     return process
 
 
-def through(context: ForkServerContext, folder: Path) -> float:
-    """Run to the end; returns the seconds it took once it ran."""
+def through(context: ForkServerContext, folder: Path) -> None:
+    """Run to the end."""
     process = start(context, folder, words(folder))
-    wait_until_it_runs(process, folder)
-    started = time.monotonic()
     process.join(PATIENCE)
     if process.exitcode != 0:
         raise AssertionError(f"exit status {process.exitcode}\n{(folder / 'log.txt').read_text()}")
-    return time.monotonic() - started
 
 
-def wait_until_it_runs(process: BaseProcess, folder: Path) -> None:
-    """Until it has said something: where it stands."""
-    log, end = folder / "log.txt", time.monotonic() + PATIENCE
-    while process.exitcode is None and time.monotonic() < end:
+def wait_until_behind(process: BaseProcess, folder: Path, share: float, steps: Sequence[int]) -> None:
+    """Until it has kept at least this share of the run's steps, or has ended."""
+    end = time.monotonic() + PATIENCE
+    while process.exitcode is None and done(folder, steps) < share and time.monotonic() < end:
         process.join(0.01)
-        if log.exists() and log.stat().st_size:
-            return
 
 
-def hit(context: ForkServerContext, folder: Path, wait: float, running: bool, number: signal.Signals) -> str:
-    """Start or resume, send a signal ``wait`` seconds later, or later than it runs; says how it ended."""
-    (folder / "log.txt").unlink(missing_ok=True)
+def hit(
+    context: ForkServerContext,
+    folder: Path,
+    share: float | None,
+    wait: float,
+    number: signal.Signals,
+    steps: Sequence[int],
+) -> str:
+    """Start or resume, send a signal ``wait`` seconds later; says how it ended.
+
+    Args:
+        context: of the processes.
+        folder: of the run.
+        share: of the run's steps that are kept before the wait begins; None: it begins with the process.
+        wait: in seconds.
+        number: the signal.
+        steps: those before each boundary.
+    """
     process = start(context, folder, words(folder))
-    if running:
-        wait_until_it_runs(process, folder)
+    if share is not None:
+        wait_until_behind(process, folder, share, steps)
     process.join(wait)
     if process.exitcode is None:
         assert process.pid is not None
@@ -104,8 +115,8 @@ def hit(context: ForkServerContext, folder: Path, wait: float, running: bool, nu
     process.join(PATIENCE)
     if process.exitcode not in (0, 75, -number):
         raise AssertionError(f"exit status {process.exitcode}\n{(folder / 'log.txt').read_text()}")
-    when = "after it ran" if running else "after its start"
-    return f"{number.name} {wait:.2f} s {when}: status {process.exitcode}, {newest(folder)} kept"
+    when = "its start" if share is None else f"{share:.0%}"
+    return f"{number.name} {wait:.2f} s after {when}: status {process.exitcode}, {newest(folder)} kept"
 
 
 def words(folder: Path) -> Sequence[str]:
@@ -173,8 +184,8 @@ def differences(one: object, two: object, place: str = "") -> list[str]:
 def play(folder: Path, seed: int, kills: int, store: Path | None = None) -> list[str]:
     """Reference and disturbed run in two folders; returns what hit the second, and refuses a difference.
 
-    Once it runs, a process gets on average an even part of the work that is left; one in five is hit while it
-    starts.
+    Moments are shares of the run's steps, since a busy machine stretches seconds. A process does on average
+    an even part of the work that is left, and a little more; one in five is hit while it starts.
 
     Args:
         folder: empty.
@@ -188,13 +199,16 @@ def play(folder: Path, seed: int, kills: int, store: Path | None = None) -> list
         place.mkdir()
         if store is not None:
             shutil.copy(store, place / "mlflow.db")
-    working = through(context, alone)
+    through(context, alone)
     reference: Any = facts(alone)
+    steps = reference["state"]["record"]["steps"]
     for left in range(kills, 0, -1):
-        rest = working * (1 - done(disturbed, reference["state"]["record"]["steps"]))
-        running = draw.random() < 0.8
-        wait = draw.uniform(0, 2 * rest / (left + 1) if running else STARTING)
-        said.append(hit(context, disturbed, wait, running, draw.choice([signal.SIGKILL, signal.SIGTERM])))
+        share, wait = None, draw.uniform(0, STARTING)
+        if draw.random() < 0.8:
+            behind = done(disturbed, steps)
+            share, wait = behind + draw.uniform(0, 2 * (1 - behind) / (left + 1)), draw.uniform(0, AFTERWARDS)
+        number = draw.choice([signal.SIGKILL, signal.SIGTERM])
+        said.append(hit(context, disturbed, share, wait, number, steps))
     through(context, disturbed)
     if found := differences(reference, facts(disturbed)):
         raise AssertionError("\n".join([*said, "differ in:", *found[:20]]))
