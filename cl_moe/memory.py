@@ -54,7 +54,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._cuda_base = torch.cuda.memory_allocated()
         gc.collect()
-        _return_freed()
+        return_freed()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets the peak resident set size back
             self._base = max(_resident("VmRSS") - _of_files() - held, 0)
@@ -90,6 +90,16 @@ def keep_freed() -> None:
         # before 2.35 glibc refuses more than 32 MiB, and the second alone would leave the first at 128 KiB
         if library.mallopt(_MMAP_THRESHOLD, 2**28) or library.mallopt(_MMAP_THRESHOLD, 2**25):
             library.mallopt(_TRIM_THRESHOLD, 2**29)
+
+
+def return_freed() -> None:
+    """Give the system back what was freed (glibc).
+
+    A run that takes it again would seem to need nothing; and what one phase of a run leaves, training or
+    evaluation, is of sizes that the next one has no use for, so both would stay side by side.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def optimizer_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
@@ -170,12 +180,6 @@ def _resident(name: str) -> int:
 def _of_files() -> int:
     """Bytes of them that hold pages of files, code of libraries nearly all; Linux from 4.5 on."""
     return _resident("RssFile")
-
-
-def _return_freed() -> None:
-    """Give the system back what was freed: a run that takes it again would seem to need nothing (glibc)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _free() -> str:
