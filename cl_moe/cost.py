@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from cl_moe import agreement
 from cl_moe.learner import Learner
 from cl_moe.measuring import Past
-from cl_moe.memory import PeakMemory, optimizer_bytes, storage_bytes
+from cl_moe.memory import PeakMemory, optimizer_bytes, return_freed, storage_bytes
 from cl_moe.stream import IGNORE, Experience, Streamed
 
 _LOADED_LATE = ("pyarrow.dataset", "pyarrow.parquet", "torch.profiler", "torch.utils.serialization")
@@ -71,6 +71,7 @@ class CostMeter:
     @contextmanager
     def training(self, experience: Experience, epochs: int) -> Iterator[None]:
         """Time one fit. Tokens are real target positions; in classification an example counts as one."""
+        return_freed()
         with self.learner.charges.account("train"):
             yield
         self._optimizer_bytes = optimizer_bytes(self.learner.trainer.optimizers)

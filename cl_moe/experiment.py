@@ -5,7 +5,6 @@ from __future__ import annotations
 from cl_moe.evaluation import evaluate, rewind
 from cl_moe.foresight import census_of, deciding, record_shock, tell_decision
 from cl_moe.growth.together import adapt
-from cl_moe.memory import return_freed
 from cl_moe.plasticity import observe
 from cl_moe.reading import read
 from cl_moe.run import Run
@@ -46,14 +45,12 @@ def grow_and_freeze(run: Run, experience: Experience) -> None:
 
 def fit(run: Run, experience: Experience) -> None:
     """Train on one experience with the Trainer of the whole stream, so that its step axis never restarts."""
-    return_freed()
     with run.fitting(experience) as batches:
         run.trainer.fit(run.learner, train_dataloaders=batches)
 
 
 def measure(run: Run) -> None:
     """Measure a row of the accuracy matrix on every experience's test data, and why old ones fell."""
-    return_freed()
     both, size, samples = (run.trainer, run.learner), run.spec.eval_batch_size, run.measuring.samples
     found = evaluate(*both, run.stream.measured(run.boundary + 1), size, samples)
     if run.measuring.decomposes(run.boundary + 1, run.stream.end(run.boundary + 1)):
