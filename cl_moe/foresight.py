@@ -53,23 +53,27 @@ def census_of(run: Run, experience: Experience) -> Census:
     """Shapes, ages, loads, scores and losses of the past, and the losses of the first training examples.
 
     The looks at what comes, and at whom to copy, are charged to training: it is what the schedule costs.
+    Of several ranks the first one looks, since all of them would see the same.
     """
     index, measured, learner = experience.index, run.measured, run.learner
     scores = [measured.rows[i][:i].mean().item() for i in range(1, index + 1)]
     looks, coming = learner.trace.looks, None
     if looks.samples and index > 0:
-        coming = first_losses(run, experience, looks)
+        coming = from_first(lambda: first_losses(run, experience, looks))
     census = take_census(learner.model, index, learner.ledger, {}, scores, learner.trace, coming)
-    # rank 0 decides, since all of them look or none
-    if index == 0 or not from_first(lambda: _copies(run, census)):
+    loads = from_first(
+        lambda: loads_in_training(run, run.stream[index - 1]) if _copies(run, census) else None
+    )
+    if loads is None:
         return census
-    loads = loads_in_training(run, run.stream[index - 1])
     layers = {block: replace(layer, load=loads.get(block)) for block, layer in census.layers.items()}
     return replace(census, layers=layers)
 
 
 def _copies(run: Run, census: Census) -> bool:
     """Whether somebody starts as a copy of the most used before the experience to come."""
+    if census.experience == 0:
+        return False
     grows = run.growth.birth.init == "copy" and run.growth.decide(census).num_experts
     return bool(grows or (run.prune.init == "copy" and run.prune.decide(census).experts))
 

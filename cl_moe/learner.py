@@ -274,10 +274,11 @@ class Learner(LeanModule):
             "restart": restart,
         }
 
-    def load_whole_state(self, state: Mapping[str, Any]) -> None:
-        """Replay the ledger on a fresh model, then load weights, optimizer state and strategies."""
+    def load_whole_state(self, state: Mapping[str, Any], convert: Callable[[Any], Any]) -> None:
+        """Replay the ledger on a fresh model, ``convert`` that to what it computes in; then load all else."""
         self.ledger = list(state["ledger"])
         replay(self.model, self.ledger)
+        convert(self)  # a fresh model, in float32, would cut weights in float64
         self.model.load_state_dict(state["model"])
         goes_on = state["restart"] or self.optimizer_spec.state == "carry"  # a branch may choose another
         same = state["optimizer_class"] == type(self.optimizer_spec).__name__

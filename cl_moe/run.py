@@ -272,7 +272,7 @@ class Run:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go to where a checkpoint was written."""
         state = rank_state.own_of(state)
-        self.learner.load_whole_state(state["learner"])
+        self.learner.load_whole_state(state["learner"], self.trainer.precision_plugin.convert_module)
         self.trainer.fit_loop.load_state_dict(state["loop"])
         self.trainer.fit_loop.max_epochs = state["max_epochs"]
         names = [experience.name for experience in self.stream]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from cl_moe.layers.precision import wide
 from cl_moe.metrics.answers import confidences, right_answers, token_score
 from cl_moe.stream import IGNORE, Stream
 
@@ -55,9 +56,9 @@ class Scoring:
     def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, nats per example or per token; padding left out."""
         if self.kind == "language":
-            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+            return F.cross_entropy(wide(logits.flatten(0, 1)), targets.flatten(), ignore_index=IGNORE)
         columns = targets if self._in_order else self.column_of_class[targets]
-        return F.cross_entropy(self.own_task(logits, targets).float(), columns)
+        return F.cross_entropy(wide(self.own_task(logits, targets)), columns)
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(B,) float64 nats of each example (language: on average over its real tokens; NaN without any).
@@ -147,7 +148,7 @@ def add_terms(terms: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
 
 def _window_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
     flat = F.cross_entropy(
-        logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), ignore_index=IGNORE, reduction="none"
+        wide(logits_BSV.flatten(0, 1)), targets_BS.flatten(), ignore_index=IGNORE, reduction="none"
     )
     asked_BS = targets_BS != IGNORE
     return flat.double().view_as(targets_BS).sum(dim=1) / asked_BS.sum(dim=1)

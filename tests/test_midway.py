@@ -64,7 +64,7 @@ ARMS: dict[str, tuple[str, ...]] = {
         *(*GROW, *PEER, "optimizer=adamw", "optimizer.state=carry", "optimizer.rows=row"),
         *("trainer.accumulate=2", "trainer.gradient_clip=0.1"),
     ),
-    "accumulating": (*MOE, "trainer.accumulate=2", "trainer.gradient_clip=1"),
+    "accumulating": (*MOE, "trainer.accumulate=2", "trainer.gradient_clip=1", "trainer.precision=64-true"),
     "looking inside": (*MOE, "strategy=replay", "layer.dropout=0.5", "trainer.accumulate=2", "eval.every=1"),
     "one batch": (*MOE, "trainer.batch_size=1000", "trainer.epochs=3"),
     "layer pkm": (*GROW, *PEER, "layer=pkm", "layer.retrieval.policy=sum"),

@@ -165,8 +165,11 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one(composed, tmp_path):
     company.run(composed(*arm), tmp_path / "alone")
     alone = company.results(tmp_path / "alone", 1)[0]
     assert company.largest_difference(went_on["weights"], alone["weights"]) < 1e-6
-    for key in ("cost/train_flops", "cost/examples_seen"):
-        assert went_on["costs"][key] == alone["costs"][key]
+    assert went_on["costs"]["cost/examples_seen"] == alone["costs"]["cost/examples_seen"]
+    # Of steps in which some experts are frozen a few are counted and stand for the others (Charges); which
+    # ones begins anew with other numbers of rows, so that the sums differ by what chose frozen ones.
+    flops = [one["costs"]["cost/train_flops"] for one in (went_on, alone)]
+    assert flops[0] == pytest.approx(flops[1], rel=1e-3)
 
 
 def agree() -> None:

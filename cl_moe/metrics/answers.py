@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from cl_moe.layers.precision import wide
 from cl_moe.stream import ASKED, IGNORE
 
 
@@ -23,7 +24,7 @@ def token_score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         targets: (B, S) int64, ``IGNORE`` on padding.
     """
     flat = targets.flatten()
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=IGNORE, reduction="none")
+    loss = F.cross_entropy(wide(logits.flatten(0, 1)), flat, ignore_index=IGNORE, reduction="none")
     return -loss.double().sum(), (flat != IGNORE).sum()
 
 

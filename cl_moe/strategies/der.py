@@ -14,6 +14,7 @@ from torch import Tensor
 from cl_moe import agreement
 from cl_moe.batches import padding_mask
 from cl_moe.errors import InputError
+from cl_moe.layers.precision import wide
 from cl_moe.seeds import derive_seed
 from cl_moe.strategies.base import Outlook, Step, Strategy
 from cl_moe.strategies.memory import Reservoir, check_memory_size
@@ -88,7 +89,7 @@ class DER(Strategy):
     def _answers(self, step: Step, count: int) -> Tensor:
         logits, targets, old = self._pass(step, count)
         held = (targets != IGNORE).unsqueeze(-1).expand_as(logits)  # no padding
-        away = (logits.float() - _padded(old, logits.shape[-1])).square().masked_fill(~held, 0.0)
+        away = (wide(logits) - _padded(old, logits.shape[-1])).square().masked_fill(~held, 0.0)
         return away.sum() / held.sum().clamp_min(1)
 
     def _labels(self, step: Step, count: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cl_moe.errors import InputError
+from cl_moe.layers.precision import wide
 from cl_moe.losses import distillation_loss
 from cl_moe.models.base import ContinualModel
 from cl_moe.strategies.base import Outlook, Step, Strategy, tensor_bytes
@@ -79,7 +80,7 @@ class DistillFrom(Strategy):
             return {}
         with torch.no_grad():
             answer, _ = self._teacher()(step.inputs, mask=step.mask)
-        student, answer = step.logits[..., mine_K].float(), answer[..., theirs_K].float()
+        student, answer = wide(step.logits[..., mine_K]), wide(answer[..., theirs_K])
         if self._group_of_class is not None:
             group_C = self._group_of_class[step.model.head.classes].to(mine_K.device)
             other_BK = group_C[mine_K] != self._group_of_class[step.targets].unsqueeze(1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cl_moe.errors import InputError
+from cl_moe.layers.precision import wide
 from cl_moe.seeds import generator
 from cl_moe.strategies.base import Outlook, Step, Strategy
 from cl_moe.strategies.importance import Anchors, check_samples, sampled_rows, values_now
@@ -108,7 +109,7 @@ class EWC(Strategy):
         def score(logits: Tensor, targets: Tensor) -> Tensor:
             asked = targets >= 0
             own = logits if logits.dim() > 2 else question.own_task(logits, targets)
-            logs_C = own[asked].float().log_softmax(dim=-1)
+            logs_C = wide(own[asked]).log_softmax(dim=-1)
             drawn = torch.multinomial(logs_C.detach().exp().cpu(), 1, generator=draw).to(logs_C.device)
             return -logs_C.gather(-1, drawn).mean()
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from cl_moe.layers.precision import wide
 from cl_moe.models.base import ContinualModel
 from cl_moe.seeds import derive_seed
 from cl_moe.strategies.base import Batch, Outlook, Setting, Step, Strategy, tensor_bytes
@@ -86,13 +87,13 @@ class ICaRL(Strategy):
     def loss(self, step: Step) -> dict[str, Tensor]:
         """``icarl``, the method's loss, and ``icarl_task``, minus the task loss that it replaces."""
         old, new = self._columns
-        logits_BC = step.logits.float()
+        logits_BC = wide(step.logits)
         columns = [self._column_of[label] for label in step.targets.tolist()]
         column_B = torch.tensor(columns, dtype=torch.int64)
         wanted_BC = F.one_hot(column_B, logits_BC.shape[1]).to(logits_BC)
         if self.teacher and old:
             answer = self.teacher.logits(step.model, step.inputs, step.mask)
-            wanted_BC[:, old] = answer[:, old].float().sigmoid()
+            wanted_BC[:, old] = wide(answer[:, old]).sigmoid()
         used = [*old, *new]
         loss = F.binary_cross_entropy_with_logits(logits_BC[:, used], wanted_BC[:, used], reduction="sum")
         assert step.task_loss is not None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_moe.layers.precision import wide
 from cl_moe.seeds import generator
 from cl_moe.strategies.base import Outlook, Step, Strategy
 from cl_moe.strategies.importance import Anchors, add_importance, check_samples, sampled_rows, values_now
@@ -63,8 +64,8 @@ class MAS(Strategy):
 
         def squared_norm(logits: Tensor, targets: Tensor) -> Tensor:
             if logits.dim() > 2:
-                return logits[targets >= 0].float().square().sum(dim=-1).mean()
-            own_C = question.own_task(logits, targets).float()
+                return wide(logits[targets >= 0]).square().sum(dim=-1).mean()
+            own_C = wide(question.own_task(logits, targets))
             return own_C.masked_fill(own_C.isneginf(), 0.0).square().sum()  # other tasks' are not asked for
 
         for gradients in example_gradients(outlook, rows, draw, squared_norm):

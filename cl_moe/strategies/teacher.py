@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from cl_moe import agreement
 from cl_moe.errors import InputError
+from cl_moe.layers.precision import wide
 from cl_moe.losses import distillation_loss
 from cl_moe.models.base import ContinualModel
 from cl_moe.models.rewind import candidates, pruned_in
@@ -115,8 +116,8 @@ def distill(
     form), and the tasks' terms add up. The rows of tasks to come exist already, but know nothing yet.
     """
     known = old_logits.shape[-1]
-    new_logits = step.logits[..., :known].float()
-    old_logits = old_logits.float()
+    new_logits = wide(step.logits[..., :known])
+    old_logits = wide(old_logits)
     # No padding; and of what a masked language model answers, only what was hidden.
     asked = step.targets != IGNORE if step.targets.dim() > 1 else step.mask
     if asked is not None and not asked.all():

@@ -105,7 +105,7 @@ def walk() -> Callable[..., Iterator[Learner]]:
                 model, strategies = rebuild()
                 learner = Learner(model, optimizer, strategies, stream)
                 learner.epochs = epochs
-                learner.load_whole_state(torch.load(file, weights_only=True))
+                learner.load_whole_state(torch.load(file, weights_only=True), lambda learner: learner)
 
     return run
 
