@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from cl_moe import agreement
+from cl_moe import agreement, engines
 from cl_moe.learner import Learner
 from cl_moe.measuring import Past
-from cl_moe.memory import PeakMemory, optimizer_bytes, return_freed, storage_bytes
+from cl_moe.memory import PeakMemory, return_freed, storage_bytes
 from cl_moe.stream import IGNORE, Experience, Streamed
 
 _LOADED_LATE = ("pyarrow.dataset", "pyarrow.parquet", "torch.profiler", "torch.utils.serialization")
@@ -74,7 +74,7 @@ class CostMeter:
         return_freed()
         with self.learner.charges.account("train"):
             yield
-        self._optimizer_bytes = optimizer_bytes(self.learner.trainer.optimizers)
+        self._optimizer_bytes = engines.bytes_remembered(self.learner.trainer)
         self.tokens += epochs * num_targets(experience.train)
         self._trained = self._state()
 

@@ -49,7 +49,10 @@ def zero(stage: int, *words: str) -> tuple[str, ...]:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_three_grown_experiences_end_as_with_one_process(composed, tmp_path, stage):
-    compare(composed, tmp_path, single(WITH_ALL), zero(stage), CLOSE)
+    alone = compare(composed, tmp_path, single(WITH_ALL), zero(stage), CLOSE)
+    costs = [one["costs"] for one in (alone, *company.results(tmp_path / "two", 2))]
+    held = [one["cost/optimizer_bytes"] for one in costs]
+    assert held == pytest.approx([held[0]] * 3, rel=0.05), "of all ranks, padding included"
 
 
 @needed

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._composable_state import _module_state_mapping
 
+from cl_moe.memory import optimizer_bytes
 from cl_moe.optim import OptimizerState, clip_gradients, state_by_name
 
 Named = Iterable[tuple[str, nn.Parameter]]
@@ -35,6 +36,8 @@ class InPieces(ABC):
 
     together: Parted | None = None
     """The model as it was, as long as it lies in pieces."""
+    remembered: int | None = None
+    """Bytes that the last fit's optimizer remembered, of all ranks, where it is gone with the pieces."""
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
@@ -81,6 +84,13 @@ def optimizer_state(trainer: L.Trainer, parameters: Named) -> OptimizerState:
     if isinstance(held, InPieces) and held.together:
         return held.memory(parameters)
     return state_by_name(trainer.optimizers[0], parameters)
+
+
+def bytes_remembered(trainer: L.Trainer) -> int:
+    """Bytes of what the optimizer of the last fit remembered: momentum, second moments."""
+    held = trainer.strategy
+    known = held.remembered if isinstance(held, InPieces) else None
+    return optimizer_bytes(trainer.optimizers) if known is None else known
 
 
 class Together:

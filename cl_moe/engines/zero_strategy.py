@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cl_moe import agreement
 from cl_moe.engines.base import BACKENDS, Device
 from cl_moe.engines.pieces import InPieces, Named, Together
+from cl_moe.memory import optimizer_bytes
 from cl_moe.optim import OptimizerState
 
 _BUCKET = 200_000_000
@@ -157,6 +158,7 @@ class ZeroStrategy(DeepSpeedStrategy, InPieces):
         """As the base class says; DeepSpeed lets go of the model."""
         super().gather()
         if self.engine is not None:
+            self.remembered = agreement.num_ranks() * optimizer_bytes(self.optimizers)
             self.engine.destroy()
             self.engine, self.optimizers = None, []
 
