@@ -47,7 +47,7 @@ SIBLINGS: dict[tuple[str, str], str] = {
     ("batches", "stream"): "batches are cut from what the contract of a stream holds",
     ("tracking.record", "layers"): "a record is plain data in floor 0's words: expert loads",
     ("tracking.record", "stream"): "a record is plain data in floor 0's words: kinds of stream",
-    ("tracking", "memory"): "a run's table says bytes as its failures do",
+    **dict.fromkeys((("tracking", "memory"), ("engines", "memory")), "bytes are counted and said in one way"),
     ("failures", "memory"): "a refused allocation is told with who holds how much",
     ("watchdog", "failures"): "where a run hangs is told in the words of where one fails",
     **dict.fromkeys((("experiment", n) for n in ("run", "evaluation", "foresight")), "the loop drives it"),

@@ -214,7 +214,9 @@ def test_a_runs_peak_is_its_own(run_of: Callable, monkeypatch: pytest.MonkeyPatc
     after = run_of(name="after").cost.points()["cost/peak_memory_bytes"]
     assert 150 * MIB < large - before < 250 * MIB
     assert after < 100 * MIB
-    assert run_of(name="large").cost.points()["cost/peak_memory_bytes"] >= large  # over all its processes
+    # over all its processes, as far as a checkpoint saw: the last one is written before the run's end
+    again = run_of(name="large").cost.points()["cost/peak_memory_bytes"]
+    assert 150 * MIB < again - before < 250 * MIB
 
 
 def fixed_strategies() -> list[str]:
