@@ -12,7 +12,7 @@ from cl_moe.errors import InputError
 from cl_moe.run import Run
 from cl_moe.trainer import TrainerSpec
 from tests import company
-from tests.test_ranks import ARMS, WITH_ALL, compare, stop_at
+from tests.test_ranks import ARMS, DIGITS, WITH_ALL, compare, stop_at
 from tests.test_sharded import FSDP_ARMS
 
 pytestmark = [
@@ -24,7 +24,9 @@ needed = pytest.mark.skipif(
 )
 CLOSE = 1e-5
 """In float32, and where an expert that nobody chose counts as one with a gradient of 0."""
+ODD = ("layer=dense", "layer.hidden=17", "model.width=15", "stream.tune_on_first=1")  # 1,549 parameters
 OTHERS = {
+    "an odd number of parameters": (1, (*DIGITS, *ODD)),
     "lwf": (1, ARMS["lwf"]),
     "lifelong_moe": (3, ARMS["lifelong_moe"]),
     "icarl": (2, ARMS["icarl"]),

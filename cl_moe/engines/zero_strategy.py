@@ -118,7 +118,8 @@ class ZeroStrategy(DeepSpeedStrategy, InPieces):
 
     def _config(self, learner: Any) -> dict[str, Any]:
         # a buffer of so many numbers is there from the start: DeepSpeed's 500 million suit large models
-        bucket = min(sum(p.numel() for p in learner.model.parameters() if p.requires_grad), _BUCKET)
+        learning = sum(p.numel() for p in learner.model.parameters() if p.requires_grad)
+        bucket = min(learning + learning % 2, _BUCKET)  # stages 1 and 2 take even numbers only
         buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         return {
             "train_micro_batch_size_per_gpu": 1,  # for its log only
