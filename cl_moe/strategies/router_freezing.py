@@ -44,6 +44,9 @@ class RouterFreezing(Strategy):
                 key="layer (or strategy)",
             )
         check_beside("router_freezing", setting, ("shrink_perturb",), "moves the router that is frozen")
+        if self.warmup:
+            why = "stops the router behind the first experience itself, so warmup=0 is what is left to do"
+            check_beside("router_freezing", setting, ("sparse_memory",), why)
         if any(layer.wants_load for layer in setting.model.expert_layers.values()):
             raise InputError(
                 got="strategy=router_freezing with router.scores.bias_rate, which goes on moving it",

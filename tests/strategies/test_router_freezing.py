@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cl_moe.errors import InputError
 from cl_moe.layers.router_parts import router_names
-from cl_moe.strategies import RouterFreezing
+from cl_moe.strategies import RouterFreezing, SparseMemory
 
 
 @pytest.mark.parametrize("layer", ["moe", "peer"])
@@ -34,3 +34,18 @@ def test_what_it_cannot_serve_is_refused(train, new_model, new_stream) -> None:
         train(new_model("dense"), new_stream(), {"s": RouterFreezing()})
     with pytest.raises(InputError, match=r"strategy\.router_freezing\.warmup"):
         RouterFreezing(-1)
+    sparse = SparseMemory(top_t=3, num_background=4, background_size=8)
+    with pytest.raises(InputError, match="stops the router behind the first experience itself"):
+        train(new_model("peer"), new_stream(), {"s": RouterFreezing(), "sparse_memory": sparse})
+
+
+def test_beside_sparse_memories_it_stops_the_router_in_the_first_experience_too(
+    walk, new_model, new_stream
+) -> None:
+    """Behind a warm-up of one experience both stop the same, so that pair is refused."""
+    sparse = SparseMemory(top_t=3, num_background=4, background_size=8)
+    strategies = {"s": RouterFreezing(0), "sparse_memory": sparse}
+    states = [learner.model.state_dict() for _, learner in walk(new_model("peer"), new_stream(), strategies)]
+    learnt = {name: value.clone() for name, value in states[-1].items()}
+    fresh = new_model("peer")
+    assert all(torch.equal(learnt[name], fresh.state_dict()[name]) for name in router_names(fresh))
