@@ -23,6 +23,6 @@ def describe(config: DictConfig) -> float:
     check_config(config)
     stream = instantiate(config.stream)
     folder = Path(config.output_dir).absolute()
-    overview.write_overview(stream, folder)
-    print("\n".join([*overview.table(stream), f"written to {folder}"]))
+    written = ", ".join(path.name for path in overview.write_overview(stream, folder))
+    print("\n".join([*overview.table(stream), f"written to {folder}: {written}"]))
     return math.nan

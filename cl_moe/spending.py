@@ -85,10 +85,12 @@ class Spending(L.Callback):
             born = []
         if weights is not None:
             least = sizes_after(self.learner.model, born, growth.birth.hidden)[-1].bytes
-            _refuse("bytes", least, weights, f"{readable(least)} of weights alone")
+            beside = "the optimizer and memories come on top"
+            _refuse("bytes", least, weights, f"{readable(least)} of weights alone", beside)
         if flops is not None and self.budget.on_exceed == "refuse":
             least = self._forward_flops(training, spec)
-            _refuse("flops", least, flops, f"{least:.3g} operations in forward passes alone")
+            beside = "backward passes, about twice as much, come on top (or on_exceed=cut)"
+            _refuse("flops", least, flops, f"{least:.3g} operations in forward passes alone", beside)
 
     def _forward_flops(self, training: Stream, spec: TrainerSpec) -> int:
         """Of all new examples in all passes, by one batch of the model as it starts; heads left out."""
@@ -130,7 +132,7 @@ class Spending(L.Callback):
                 continue
             if self.budget.on_exceed == "refuse":
                 raise RunFailedError(
-                    f"budget.{name}={bound:g} is spent ({spent:g}) before the stream's end\n"
+                    f"budget.{name}={bound:g} is reached ({spent:g}) before the stream's end\n"
                     f"change: budget.{name}, or budget.on_exceed=cut, which measures what was trained so far"
                 )
             event = {"experience": experience, "act": "cut", "budget": name, "spent": spent}
@@ -158,10 +160,10 @@ class Spending(L.Callback):
         return weights + kept + int(optimizer_bytes(self.trainer.optimizers))
 
 
-def _refuse(name: str, least: float, bound: float, words: str) -> None:
+def _refuse(name: str, least: float, bound: float, words: str, beside: str) -> None:
     if least >= bound:
         raise InputError(
             got=f"a run that needs {words}, with budget.{name}={bound:g}",
-            allowed=f"a budget above {least:g}, or a smaller run",
+            allowed=f"a budget well above {least:g}: {beside}; or a smaller run",
             key=f"budget.{name}",
         )

@@ -38,10 +38,13 @@ def test_images_are_shown(command: Command, tmp_path: Path, untrained: None) -> 
     ]
     for entry in told["experiences"]:
         assert f"train {entry['train']:>7}  test {entry['test']:>6}" in done.text
+        few, many = sorted(entry["train_classes"].values())
+        assert (f", {few} examples each" if few == many else f", {few} .. {many} examples each") in done.text
         assert sum(entry["train_classes"].values()) == entry["train"]
         assert set(entry["test_classes"]) == set(map(str, entry["classes"]))
     with Image.open(tmp_path / "out/samples.png") as sheet:
         assert min(sheet.size) > 300
+    assert f"written to {tmp_path / 'out'}: stream.json, samples.png" in done.text
     assert not (tmp_path / "out/config.yaml").exists()
 
 

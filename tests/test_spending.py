@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from omegaconf import DictConfig
@@ -15,6 +16,7 @@ from cl_moe import checkpoint, launch
 from cl_moe.checkpoint import Checkpoints
 from cl_moe.errors import InputError, RunFailedError
 from cl_moe.experiment import run_experiment
+from cl_moe.leaving import tell_cut
 from cl_moe.run import Run
 from cl_moe.spending import Budget
 
@@ -108,7 +110,7 @@ def test_a_branch_with_a_larger_budget_goes_on(build, spent) -> None:
 
 @pytest.mark.slow
 def test_a_refusing_budget_fails_where_it_could_not_be_known(build, spent) -> None:
-    with pytest.raises(RunFailedError, match=r"budget.flops=.* is spent .*(.|\n)*kept: the state after"):
+    with pytest.raises(RunFailedError, match=r"budget.flops=.* is reached .*(.|\n)*kept: the state after"):
         run_experiment(build("refusing", f"budget.flops={spent[0] - 1}"))
     run_experiment(build("enough", f"budget.flops={spent[0] + 1}"))
 
@@ -141,3 +143,16 @@ def test_bounds_are_numbers_above_zero(options) -> None:
     with pytest.raises(InputError) as caught:
         Budget(**options)
     assert caught.value.key == f"budget.{next(iter(options))}"
+
+
+@pytest.mark.parametrize(
+    ("batches", "place"),
+    [(0, "before experience 3"), (1, "1 batch into experience 3"), (2, "2 batches into experience 3")],
+)
+def test_a_cut_is_told_where_it_fell(batches, place) -> None:
+    said, tracker = list[str](), Mock()
+    event = {"experience": 2, "batches": batches, "budget": "bytes", "bound": 30000}
+    tell_cut([event], tracker, said.append)
+    told = f"cut {place}: budget.bytes=30000 was reached"
+    assert said == [f"training was {told}; what came after was measured, not trained"]
+    tracker.tag.assert_called_once_with("budget", told)
