@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,6 +76,17 @@ def tell_cut(cuts: list[dict[str, Any]], tracker: Tracker, say: Callable[[str], 
         told = f"cut {place}: budget.{event['budget']}={event['bound']:g} was reached"
         say(f"training was {told}; what came after was measured, not trained")
         tracker.tag("budget", told)
+
+
+def tell_decisions(ledger: Sequence[dict[str, Any]], say: Callable[[str], None]) -> None:
+    """Sum up what a schedule decided by data, or could not do within its budget, if it did."""
+    decided = [event for event in ledger if event["act"] == "decide"]
+    if decided:
+        wanted, born = (sum(event[what] > 0 for event in decided) for what in ("wanted", "born"))
+        told = f"growth was asked for at {wanted} of {len(decided)} boundaries, and came at {born}"
+        if over := sorted({event["over_budget"] for event in decided if "over_budget" in event}):
+            told += f": {' and '.join(f'growth.budget.{name}' for name in over)} left no room for more"
+        say(f"{told}; the figures are in ledger.json")
 
 
 def left_by(run: Run, say: Callable[[str], None]) -> Iterator[tuple[Path, str | None]]:

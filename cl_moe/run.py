@@ -214,6 +214,7 @@ class Run:
     def finish(self) -> float:
         """Write artifacts and figures, print the table, return the objective."""
         leaving.tell_cut(self.spending.cuts, self.tracker, self.progress.say)
+        leaving.tell_decisions(self.learner.ledger, self.progress.say)
         costs = self.cost.points()  # the figures are drawn after the run, and are no part of its peak
         for path, place in leaving.left_by(self, self.progress.say) if is_first() else ():
             self.tracker.artifact(path, place)

@@ -16,7 +16,7 @@ from cl_moe import checkpoint, launch
 from cl_moe.checkpoint import Checkpoints
 from cl_moe.errors import InputError, RunFailedError
 from cl_moe.experiment import run_experiment
-from cl_moe.leaving import tell_cut
+from cl_moe.leaving import tell_cut, tell_decisions
 from cl_moe.run import Run
 from cl_moe.spending import Budget
 
@@ -156,3 +156,21 @@ def test_a_cut_is_told_where_it_fell(batches, place) -> None:
     told = f"cut {place}: budget.bytes=30000 was reached"
     assert said == [f"training was {told}; what came after was measured, not trained"]
     tracker.tag.assert_called_once_with("budget", told)
+
+
+def test_what_a_schedule_decided_is_summed_up() -> None:
+    ledger = [
+        {"experience": 1, "act": "decide", "wanted": 2, "born": 2},
+        {"experience": 1, "act": "grow", "num_experts": 2},
+        {"experience": 2, "act": "decide", "wanted": 0, "born": 0},
+    ]
+    said = list[str]()
+    tell_decisions(ledger, said.append)
+    full = {"experience": 3, "act": "decide", "wanted": 2, "born": 0, "over_budget": "experts"}
+    tell_decisions([*ledger, full], said.append)
+    tell_decisions(ledger[1:2], said.append)
+    assert said == [
+        "growth was asked for at 1 of 2 boundaries, and came at 1; the figures are in ledger.json",
+        "growth was asked for at 2 of 3 boundaries, and came at 1: growth.budget.experts left no room for "
+        "more; the figures are in ledger.json",
+    ]

@@ -77,8 +77,14 @@ class GrowthBudget:
         return over[0] if over else None
 
     def refusal(self, size: Size, experience: int) -> InputError:
-        """What is said of growth before an experience that would make a model of this size."""
+        """What is said of growth before an experience that would make a model of this size, or of a start."""
         name = self.exceeded(size) or "experts"
+        if experience == 0:
+            return InputError(
+                got=f"a model of {getattr(size, name):,} {name} at its start",
+                allowed=f"at most {self.bounds[name]:,}, by fewer experts or less width; or a larger budget",
+                key=f"growth.budget.{name} (or layer, model)",
+            )
         return InputError(
             got=f"growth to {getattr(size, name):,} {name} before experience {experience}",
             allowed=f"at most {self.bounds[name]:,}, or growth.budget.on_exceed=stop, where growth ends",

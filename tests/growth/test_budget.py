@@ -80,6 +80,14 @@ def test_rows_of_the_head_count_before_training(new_model) -> None:
             check_growth(new_model("moe"), schedule, 3, classes=(2, 4, 6))
 
 
+def test_a_start_that_is_too_large_is_told_as_such(new_model) -> None:
+    """Where growth ends at a budget, too, a model that begins above it is refused; to stop is no advice."""
+    with pytest.raises(InputError) as caught:
+        check_growth(new_model("moe"), OnDrift(2, budget=GrowthBudget(experts=1)), 3)
+    assert "at its start" in caught.value.got
+    assert "on_exceed" not in caught.value.allowed
+
+
 def test_what_the_data_decide_is_refused_when_it_comes(new_model) -> None:
     model, budget = new_model("moe"), GrowthBudget(experts=5, on_exceed="refuse")
     schedule = OnDrift(2, budget=budget)
