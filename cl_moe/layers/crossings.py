@@ -108,7 +108,9 @@ class _Score(torch.autograd.Function):
             grad_query = pair_sum(grad_P, table_MH, pairs).reshape(query_QSH.shape)
         if ctx.needs_input_grad[1]:
             by_key, order_P = pairs.transpose() if frozen_M is None else _of_learning(pairs, frozen_M)
-            grad_table = pair_sum(grad_P[order_P], query_QSH.reshape(-1, query_QSH.shape[-1]), by_key)
+            grad_table = pair_sum(
+                grad_P.index_select(0, order_P), query_QSH.reshape(-1, query_QSH.shape[-1]), by_key
+            )
         return grad_query, grad_table, None, None, None
 
 
@@ -118,4 +120,4 @@ def _of_learning(pairs: Pairs, frozen_M: Tensor) -> tuple[Pairs, Tensor]:
     key_P, order_P = pairs.column_P[at_P].sort(stable=True)
     order_P = at_P[order_P]
     start_M1 = torch.searchsorted(key_P, torch.arange(pairs.num_columns + 1, device=key_P.device))
-    return Pairs(start_M1, pairs.rows()[order_P], pairs.num_rows), order_P
+    return Pairs(start_M1, pairs.rows().index_select(0, order_P), pairs.num_rows), order_P

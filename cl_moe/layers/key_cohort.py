@@ -61,11 +61,19 @@ class KeyCohort(nn.Module):
         for name, std in stds.items():
             setattr(self, name, ExpertTable(torch.randn(self.num_experts, dim).mul_(std)))
 
-    def scores(self, query_QSH: Tensor, side: int, keys_SrH: Tensor) -> Tensor:
+    def scores(self, query_QSH: Tensor, side: int, keys_SrH: Tensor, out_Qr: Tensor | None = None) -> Tensor:
         """(Q, r): the queries' products with the sub-keys of one side, ``keys_SrH`` being ``keys``, widened.
 
-        Computed cohort by cohort, so that a growth changes no shape, and with it no bit, of old scores.
+        Computed cohort by cohort, so that a growth changes no shape, and with it no bit, of old scores. With
+        ``out_Qr``, where there are no gradients, they are written there.
         """
+        if keys_SrH.dim() == 3 and out_Qr is not None and keys_SrH.shape[1] > 1:
+            return torch.mm(query_QSH[:, side], keys_SrH[side].t(), out=out_Qr)
+        score_Qr = self._scores(query_QSH, side, keys_SrH)
+        return score_Qr if out_Qr is None else out_Qr.copy_(score_Qr)
+
+    @staticmethod
+    def _scores(query_QSH: Tensor, side: int, keys_SrH: Tensor) -> Tensor:
         if keys_SrH.dim() == 3:
             return query_QSH[:, side] @ keys_SrH[side].t()
         heads = keys_SrH.shape[0]

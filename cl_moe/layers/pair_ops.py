@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_moe.layers.pairs import Pairs, pair_dot, pair_sum
+from cl_moe.layers.pairs import Pairs, pair_dot, pair_sum, sorted_columns
 
 
 def own_pairs(expert_TK: Tensor, first: int, num_experts: int) -> tuple[Tensor, Pairs]:
@@ -33,6 +33,29 @@ def own_pairs(expert_TK: Tensor, first: int, num_experts: int) -> tuple[Tensor, 
     start_T1 = nn.functional.pad(own_TK.sum(dim=1).cumsum(dim=0), (1, 0))
     expert_P = expert_TK.reshape(-1)[at_P] - first
     return at_P, Pairs(start_T1, expert_P, num_experts, max_per_row=own_TK.shape[1])
+
+
+def pairs_by_cohort(
+    expert_TK: Tensor, firsts: Sequence[int], sizes: Sequence[int]
+) -> tuple[Tensor, list[Pairs]]:
+    """``own_pairs`` of every cohort, the places one cohort after the other in one tensor (T K,).
+
+    Args:
+        expert_TK: (T, K) int64, ids for life, all of these cohorts.
+        firsts: the id of each cohort's first expert, ascending.
+        sizes: how many experts each has.
+    """
+    num_tokens, per_token = expert_TK.shape
+    expert_P = expert_TK.reshape(-1)
+    cohort_P = torch.bucketize(expert_P, torch.tensor(firsts[1:], device=expert_P.device), right=True)
+    counts = cohort_P.bincount(minlength=len(firsts)).tolist()
+    at_P = sorted_columns(cohort_P, len(firsts))[1]
+    token_T1 = torch.arange(num_tokens + 1, device=expert_P.device) * per_token
+    pairs = []
+    for own_P, first, size in zip(at_P.split(counts), firsts, sizes, strict=True):
+        start_T1 = torch.searchsorted(own_P, token_T1)
+        pairs.append(Pairs(start_T1, expert_P.index_select(0, own_P) - first, size, max_per_row=per_token))
+    return at_P, pairs
 
 
 @torch.library.custom_op("cl_moe::table_dot", mutates_args=())

@@ -68,7 +68,7 @@ class Pairs:
             column_P, order_P = self._by_column()
             boundary_C1 = torch.arange(self.num_columns + 1, device=column_P.device)
             start_C1 = torch.searchsorted(column_P, boundary_C1)
-            self._transpose = (Pairs(start_C1, self.rows()[order_P], self.num_rows), order_P)
+            self._transpose = (Pairs(start_C1, self._rows_by(order_P), self.num_rows), order_P)
         return self._transpose
 
     def compact(self) -> tuple[Tensor, Pairs, Tensor]:
@@ -80,14 +80,27 @@ class Pairs:
         if self._compact is None:
             column_U, count_U = column_P.unique_consecutive(return_counts=True)
             start_U1 = nn.functional.pad(count_U.cumsum(0), (1, 0))
-            self._compact = column_U, Pairs(start_U1, self.rows()[order_P], self.num_rows)
+            self._compact = column_U, Pairs(start_U1, self._rows_by(order_P), self.num_rows)
         return *self._compact, order_P
 
     def _by_column(self) -> tuple[Tensor, Tensor]:
         """The columns sorted, and the stable order (P,) that sorts them."""
         if self._sorted is None:
-            self._sorted = torch.sort(self.column_P, stable=True)
+            self._sorted = sorted_columns(self.column_P, self.num_columns)
         return self._sorted
+
+    def _rows_by(self, order_P: Tensor) -> Tensor:
+        return self.rows().index_select(0, order_P)
+
+
+def sorted_columns(column_P: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Integers (P,) in [0, num_columns) sorted, and the stable order (P,) that sorts them.
+
+    As the shortest integers that they fit into, which takes half the time of int64.
+    """
+    fitting = (t for t in (torch.uint8, torch.int16, torch.int32) if num_columns <= torch.iinfo(t).max + 1)
+    short_P, order_P = column_P.to(next(fitting, torch.int64)).sort(stable=True)
+    return short_P.long(), order_P
 
 
 def regular_pairs(column_RK: Tensor, num_columns: int) -> Pairs:
@@ -210,9 +223,9 @@ def _table_gradient(weight_P: Tensor, table_RD: Tensor, pairs: Pairs, place: Gra
     """
     if not place.by_rows:
         by_column, order_P = pairs.transpose()
-        return _bag_in(place, table_RD, by_column, weight_P[order_P])
+        return _bag_in(place, table_RD, by_column, weight_P.index_select(0, order_P))
     column_U, by_column, order_P = pairs.compact()
-    value_UD = _bag_in(place, table_RD, by_column, weight_P[order_P])
+    value_UD = _bag_in(place, table_RD, by_column, weight_P.index_select(0, order_P))
     return sparse_rows(column_U, value_UD, pairs.num_columns)
 
 

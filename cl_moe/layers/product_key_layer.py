@@ -19,11 +19,13 @@ from cl_moe.errors import InputError
 from cl_moe.layers.crossings import with_gradient
 from cl_moe.layers.expert_layer import ExpertLayer
 from cl_moe.layers.key_cohort import KeyCohort
+from cl_moe.layers.key_scores import ScoreRoom, differentiable_scores
 from cl_moe.layers.precision import no_autocast, wide
 from cl_moe.layers.product_keys import Found, grid_size, joined
 from cl_moe.layers.queries import Queries, QueryNorm, add_query_net, ask
 from cl_moe.layers.retrieval import Retrieval
 from cl_moe.layers.routing import Routing
+from cl_moe.layers.several_grids import Scores
 from cl_moe.layers.tokens import Tokens, flat_tokens
 from cl_moe.layers.vector_experts import Dot, Part, expert_sum
 
@@ -251,10 +253,11 @@ class ProductKeyLayer(ExpertLayer):
         shared_QSH = None if self._own_queries else ask(self, tokens, self.queries)
         # What the compiler sees, and a query net of each cohort, keep to the gradients of all scores.
         if shared_QSH is None or torch.compiler.is_compiling():
-            return self._search({c: self._scores(c, tokens, shared_QSH) for c in asked}, chosen)
+            return self._search(self._scores(tokens, shared_QSH, asked), chosen)
         with torch.no_grad():
             pieces = shared_QSH.split(self._piece if shared_QSH.is_cpu else max(1, shared_QSH.shape[0]))
-            lists = [self._search({c: self._scores(c, tokens, q) for c in asked}, chosen) for q in pieces]
+            score = ScoreRoom([self._cohort(c) for c in asked], pieces[0])
+            lists = [self._search(score(piece_QSH), chosen) for piece_QSH in pieces]
             found = lists[0] if len(lists) == 1 else [joined(one) for one in zip(*lists, strict=True)]
         return self._learnable(found, shared_QSH, asked)
 
@@ -263,7 +266,7 @@ class ProductKeyLayer(ExpertLayer):
         """How many queries are searched at once: whole tokens, few enough for a processor's cache."""
         return self.heads * max(1, _QUERIES // self.heads)
 
-    def _search(self, scores: Mapping[int, Sequence[Tensor]], chosen: Sequence[int]) -> list[Found]:
+    def _search(self, scores: Scores, chosen: Sequence[int]) -> list[Found]:
         firsts = {c: sum(self.cohort_sizes[:c]) for c in chosen}
         return self.retrieval.search(scores, {c: self._cohort(c).rows for c in chosen}, firsts, self.k)
 
@@ -272,11 +275,10 @@ class ProductKeyLayer(ExpertLayer):
         owners = [self._cohort(c) for c in asked]
         return [with_gradient(one, query_QSH, owners, firsts, self.heads) for one in found]
 
-    def _scores(self, index: int, tokens: Tokens, query_QSH: Tensor | None) -> list[Tensor]:
-        """(Q, m) of each side: scores of the sub-keys of one cohort."""
-        cohort = self._cohort(index)
-        query_QSH = ask(cohort, tokens, self.queries) if query_QSH is None else query_QSH
-        return [cohort.scores(query_QSH, side, wide(cohort.keys)) for side in range(2)]
+    def _scores(self, tokens: Tokens, query_QSH: Tensor | None, asked: Sequence[int]) -> Scores:
+        cohorts = [self._cohort(c) for c in asked]
+        queries = [ask(c, tokens, self.queries) if query_QSH is None else query_QSH for c in cohorts]
+        return differentiable_scores(cohorts, queries)
 
     def _parts(self, chosen: Sequence[int]) -> list[Part]:
         """The cohorts in use, and which columns of the routing are theirs."""

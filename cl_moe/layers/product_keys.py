@@ -158,8 +158,11 @@ def _useful_pairs_of(block: Block, score_Qm: Sequence[Tensor], k: int) -> tuple[
         widths.append(min(k, len(span)))
         best_QW.append(top_k_first(part, widths[-1]) + span.start)
     places = _places(widths[0], widths[1], k)
-    row, column = (torch.tensor(at, device=score_Qm[0].device) for at in places)
-    return best_QW[0].index_select(1, row), best_QW[1].index_select(1, column)
+    row_QP, column_QP = (
+        torch.tensor(at, device=best.device).expand(best.shape[0], -1)
+        for at, best in zip(places, best_QW, strict=True)
+    )
+    return best_QW[0].gather(1, row_QP), best_QW[1].gather(1, column_QP)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

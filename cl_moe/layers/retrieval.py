@@ -5,14 +5,14 @@ Legend: Q queries (one per token and head), m sub-keys of one cohort's side, K r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from torch import Tensor
 
 from cl_moe.errors import InputError
 from cl_moe.layers.product_keys import Found
-from cl_moe.layers.several_grids import search_grids, search_shells
+from cl_moe.layers.several_grids import Scores, search_grids, search_shells
 
 _ALLOWED = {
     "keys": ("shared", "per_head"),
@@ -63,7 +63,7 @@ class Retrieval:
 
     def search(
         self,
-        scores: Mapping[int, Sequence[Tensor]],
+        scores: Scores,
         rows: Mapping[int, range],
         firsts: Mapping[int, int],
         k: int,
@@ -71,13 +71,14 @@ class Retrieval:
         """What is retrieved, (Q, k) with ids for life: one list, or under ``sum`` one of each cohort.
 
         Args:
-            scores: by cohort, oldest first, the (Q, m) scores of both sides; of shells also where a cohort is
-                not searched itself.
+            scores: of the cohorts that are searched; of shells also where one is not searched itself.
             rows: the rows (and columns) of each cohort that is searched, in its grid.
             firsts: the id of its first expert.
             k: at most the experts that are searched, under ``sum`` of every cohort.
         """
-        groups = [[c] for c in rows] if self.policy == "sum" else [list(rows)]
         if self.grow_by == "shell":
-            return [search_shells(list(scores.values()), [rows[c] for c in group], k) for group in groups]
-        return [search_grids([scores[c] for c in group], [firsts[c] for c in group], k) for group in groups]
+            groups = [[shell] for shell in rows.values()] if self.policy == "sum" else [list(rows.values())]
+            return [search_shells(scores, group, k) for group in groups]
+        if self.policy == "sum":
+            return [search_grids(scores.of(at), [first], k) for at, first in enumerate(firsts.values())]
+        return [search_grids(scores, list(firsts.values()), k)]

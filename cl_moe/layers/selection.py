@@ -39,8 +39,9 @@ def top_k_first(score_RN: Tensor, k: int, rank_RN: Rank = None) -> Tensor:
         return _ranked(score_RN, k, rank_RN() if callable(rank_RN) else rank_RN)
     pick = _by_groups if score_RN.shape[1] >= _GROUP * 2 * (k + 1) else _of_all
     best_RB, at_RB = pick(score_RN, min(k + 1, score_RN.shape[1]))
-    at_RK, tied_R = at_RB[:, :k], (best_RB[:, 1:] == best_RB[:, :-1]).any(dim=1)
-    if bool(tied_R.any()):  # seldom; where the k + 1 best all differ, nothing is left to a rule for ties
+    at_RK, equal_RK = at_RB[:, :k], best_RB[:, 1:] == best_RB[:, :-1]
+    if bool(equal_RK.any()):  # seldom; where the k + 1 best all differ, nothing is left to a rule for ties
+        tied_R = equal_RK.any(dim=1)
         rank = rank_RN() if callable(rank_RN) else rank_RN
         rank = rank[tied_R] if rank is not None and rank.dim() == 2 else rank
         at_RK[tied_R] = _ranked(score_RN[tied_R], k, rank)

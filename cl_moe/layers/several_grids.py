@@ -7,6 +7,7 @@ all grids, W = min(k, M), K retrieved.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,24 @@ from cl_moe.layers.product_keys import Found, blocks_of, search, shell_index, ti
 from cl_moe.layers.selection import top_k_first
 
 
-def search_grids(grids: Sequence[Sequence[Tensor]], firsts: Sequence[int], k: int) -> Found:
+class Scores(NamedTuple):
+    """Scores of the sub-keys of some cohorts, one cohort after the other.
+
+    Args:
+        sides: the (Q, M) of rows and of columns, no NaN.
+        widths: how many of the M are each cohort's, oldest first.
+    """
+
+    sides: Sequence[Tensor]
+    widths: Sequence[int]
+
+    def of(self, place: int) -> Scores:
+        """Those of one cohort alone."""
+        at = slice(start := sum(self.widths[:place]), start + self.widths[place])
+        return Scores([side[:, at] for side in self.sides], [self.widths[place]])
+
+
+def search_grids(scores: Scores, firsts: Sequence[int], k: int) -> Found:
     """The exact top k of the union of several grids, best first, with ids for life.
 
     A row's best expert is where the best column of its grid crosses it. k rows whose best experts beat that
@@ -23,23 +41,22 @@ def search_grids(grids: Sequence[Sequence[Tensor]], firsts: Sequence[int], k: in
     the columns likewise. Ties go to the grid that stands first, then as inside a grid (``search``).
 
     Args:
-        grids: of each grid the (Q, m) scores of the sub-keys of both sides, no NaN.
+        scores: of grids that stand side by side.
         firsts: the id of each grid's first expert, ascending.
         k: at most as many as there are experts.
     """
-    if len(grids) == 1:
-        score, expert = search(grids[0], k)
+    score_SQM, widths = scores
+    if len(widths) == 1:
+        score, expert = search(score_SQM, k)
         return Found(score, expert + firsts[0])
-    sides = list(zip(*grids, strict=True))
-    score_SQM = [torch.cat(side, dim=1) for side in sides]
     first_C = torch.tensor(firsts, device=score_SQM[0].device)
-    width_C = torch.tensor([score.shape[1] for score in sides[0]], device=first_C.device)
+    width_C = torch.tensor(widths, device=first_C.device)
     start_C, num = width_C.cumsum(0) - width_C, score_SQM[0].shape[1]
     with torch.no_grad():
         width = min(k, num)
-        grid_C = torch.arange(len(grids), device=first_C.device)
+        grid_C = torch.arange(len(widths), device=first_C.device)
         grid_M = grid_C.repeat_interleave(width_C, output_size=num)  # to look up is quicker than to search
-        at_SQW = [top_k_first(_with_best(sides[side], sides[1 - side]), width) for side in range(2)]
+        at_SQW = _rows_and_columns(score_SQM, widths, width)
         grid_SQW = [grid_M[at_QW] for at_QW in at_SQW]
         score_QWW = _crossed([score.gather(1, at) for score, at in zip(score_SQM, at_SQW, strict=True)])
         score_QWW = score_QWW.masked_fill(grid_SQW[0].unsqueeze(2) != grid_SQW[1].unsqueeze(1), -torch.inf)
@@ -56,27 +73,39 @@ def search_grids(grids: Sequence[Sequence[Tensor]], firsts: Sequence[int], k: in
     return Found(score_QK, shell_index(row_QK, column_QK) + first_C[grid_QK])
 
 
-def search_shells(scores: Sequence[Sequence[Tensor]], shells: Sequence[range], k: int) -> Found:
+def search_shells(scores: Scores, shells: Sequence[range], k: int) -> Found:
     """The exact top k of some shells of a grid that cohorts made larger, ids counted inside the grid.
 
     Args:
-        scores: of each cohort up to the youngest that is searched, the (Q, m) scores of both sides.
+        scores: of all cohorts up to the youngest that is searched.
         shells: the rows of the cohorts that are searched.
         k: at most as many as there are experts in them.
     """
-    sides = [torch.cat([score[side] for score in scores], dim=1) for side in range(2)]
-    return search(sides, k, blocks_of(shells))
+    return search(scores.sides, k, blocks_of(shells))
 
 
-def _with_best(own: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """(Q, M): the score of the best expert of every sub-key of one side."""
-    if torch.compiler.is_compiling():
-        return torch.cat([a + b.amax(dim=1, keepdim=True) for a, b in zip(own, other, strict=True)], dim=1)
-    widths = [a.shape[1] for a in own]
-    best_QM = own[0].new_empty(own[0].shape[0], sum(widths))
-    for best_Qm, a, b in zip(best_QM.split(widths, dim=1), own, other, strict=True):
-        torch.add(a, b.amax(dim=1, keepdim=True), out=best_Qm)
-    return best_QM
+def _rows_and_columns(score_SQM: Sequence[Tensor], widths: Sequence[int], num: int) -> list[Tensor]:
+    """(Q, num) of each side: where the sub-keys stand that have the best of all best experts."""
+    best_QM = None if torch.compiler.is_compiling() else torch.empty_like(score_SQM[0])
+    found = []
+    for own_QM, other_QM in (score_SQM, score_SQM[::-1]):
+        sides = _stretches(own_QM, widths), _stretches(other_QM, widths)
+        if best_QM is None:
+            bests = [own + other.amax(dim=2, keepdim=True) for own, other in zip(*sides, strict=True)]
+            lifted_QM = torch.cat([best.flatten(1) for best in bests], dim=1)
+        else:  # for both sides in one place
+            for best, own, other in zip(_stretches(best_QM, widths), *sides, strict=True):
+                torch.add(own, other.amax(dim=2, keepdim=True), out=best)
+            lifted_QM = best_QM
+        found.append(top_k_first(lifted_QM, num))
+    return found
+
+
+def _stretches(score_QM: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """(Q, grids, m): grids of one width together, others one by one."""
+    if len(set(widths)) == 1:
+        return [score_QM.unflatten(1, (len(widths), widths[0]))]
+    return [score_Qm.unsqueeze(1) for score_Qm in score_QM.split(list(widths), dim=1)]
 
 
 def _crossed(side_SQW: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cl_moe.layers.activity import Activity, joined
 from cl_moe.layers.key_cohort import KeyCohort
-from cl_moe.layers.pair_ops import own_pairs, table_dot, table_sum
+from cl_moe.layers.pair_ops import own_pairs, pairs_by_cohort, table_dot, table_sum
 from cl_moe.layers.pairs import Pairs, pair_dot, pair_sum, regular_pairs
 from cl_moe.layers.precision import wide
 from cl_moe.layers.routing import Routing
@@ -49,7 +49,10 @@ def expert_sum(x_TD: Tensor, routing: Routing, parts: Sequence[Part], coefficien
     """
     if torch.compiler.is_compiling():
         return _compiled_sum(x_TD, routing, parts, coefficients)
-    outs = [_part_sum(x_TD, routing, part, coefficients) for part in parts]
+    if any(part.columns is None for part in parts):
+        outs = _mixed_sums(x_TD, routing, parts, coefficients)
+    else:
+        outs = [_part_sum(x_TD, routing, part, coefficients) for part in parts]
     if len(outs) == 1:
         return outs[0]
     out_TD = torch.zeros_like(x_TD)
@@ -83,6 +86,22 @@ def expert_activity(
         reached_n = torch.bincount(pairs.column_P, weights=kept_P, minlength=n)
         found.append(Activity(total_n.double(), reached_n.long()))
     return joined(found)
+
+
+def _mixed_sums(
+    x_TD: Tensor, routing: Routing, parts: Sequence[Part], coefficients: Coefficients
+) -> list[Tensor]:
+    """(T, D) of every cohort, where each choice may be of any: what is the same for all is done at once."""
+    firsts, sizes = [part.first for part in parts], [part.cohort.num_experts for part in parts]
+    at_P, pairs = pairs_by_cohort(routing.expert, firsts, sizes)
+    read = [_read(part.cohort, own) for part, own in zip(parts, pairs, strict=True)]
+
+    def dot(name: str) -> Tensor:
+        return torch.cat([pair_dot(x_TD, table(name), own) for table, own in read])
+
+    coefficient_P = coefficients(dot, routing.weight.reshape(-1).index_select(0, at_P))
+    own_P = coefficient_P.split([own.column_P.numel() for own in pairs])
+    return [pair_sum(part_P, table("v"), own) for part_P, (table, own) in zip(own_P, read, strict=True)]
 
 
 def _part_sum(x_TD: Tensor, routing: Routing, part: Part, coefficients: Coefficients) -> Tensor:

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cl_moe.layers.pairs import Pairs, pair_dot, pair_gather, pair_sum, regular_pairs
+from cl_moe.layers.pair_ops import own_pairs, pairs_by_cohort
+from cl_moe.layers.pairs import Pairs, pair_dot, pair_gather, pair_sum, regular_pairs, sorted_columns
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -47,3 +48,29 @@ def test_gather_copies_rows_to_numbered_places():
     assert torch.equal(out, table[[0, 2, 0]])
     (grad,) = torch.autograd.grad((out * torch.tensor([[1.0], [10.0], [100.0]])).sum(), table)
     assert grad[:, 0].tolist() == [101.0, 0.0, 10.0]
+
+
+@pytest.mark.parametrize("num", [256, 257, 2**15, 2**15 + 1, 2**31, 2**31 + 1])
+def test_columns_are_sorted_as_numbers_whatever_they_are_sorted_as(num):
+    column = torch.tensor([num - 1, 0, num // 2, num - 1, 0])
+    ordered, order = sorted_columns(column, num)
+    assert ordered.tolist() == [0, 0, num // 2, num - 1, num - 1]
+    assert order.tolist() == [1, 4, 2, 0, 3]
+
+
+def test_pairs_of_all_cohorts_are_those_of_each():
+    """Also of one that nobody chose, and where ids have a gap."""
+    generator = torch.Generator().manual_seed(0)
+    firsts, sizes = [2, 5, 9, 20], [3, 4, 1, 300]
+    ids = torch.cat([torch.arange(first, first + size) for first, size in zip(firsts, sizes, strict=True)])
+    expert = ids[ids != 9][torch.randint(len(ids) - 1, (7, 6), generator=generator)]
+    expert[:, 0] = 5
+    at, found = pairs_by_cohort(expert, firsts, sizes)
+    for own_at, pairs, first, size in zip(
+        at.split([own.column_P.numel() for own in found]), found, firsts, sizes, strict=True
+    ):
+        expected_at, expected = own_pairs(expert, first, size)
+        assert torch.equal(own_at, expected_at)
+        assert torch.equal(pairs.start_R1, expected.start_R1)
+        assert torch.equal(pairs.column_P, expected.column_P)
+        assert (pairs.num_columns, pairs.full_product) == (expected.num_columns, expected.full_product)
