@@ -149,6 +149,7 @@ def work(rank: int, ranks: int, case: str, asked: argparse.Namespace, folder: st
     draw, seconds, touched = torch.Generator().manual_seed(rank), list[float](), list[int]()
     for _ in range(asked.steps + 1):
         x_TD = torch.randn(asked.tokens * asked.ranks // ranks, DIM, generator=draw)
+        x_TD.requires_grad_()  # as where something below learns: else no gradient of a token goes back
         start = time.perf_counter()
         loss, number = model(x_TD)
         loss.backward()
