@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_moe.errors import InputError
-from cl_moe.layers import DenseFFN, ExpertPool, MoE, Routing, Switch, TopK
+from cl_moe.layers import DenseFFN, ExpertPool, GShard, MoE, Routing, Scores, Switch, TopK
 
 
 def naive(layer, x_TD, mask_T, k, gates_over_all, kept=None):
@@ -169,6 +169,21 @@ def test_autocast_computes_experts_in_bfloat16_and_routes_in_float32():
     torch.testing.assert_close(out, plain, atol=0.02, rtol=0.05)
     out.sum().backward()
     assert layer.cohorts[0].w_in.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("router", [TopK, Switch, GShard])
+def test_a_router_in_bfloat16_computes_scores_and_gates_there(router):
+    layer = MoE(16, 4, 16, lambda dim: router(dim, scores=Scores(precision="bfloat16"))).eval()
+    x = torch.randn(3, 8, 16)
+    out, routing = layer(x)
+    scores = torch.nn.functional.linear(x.bfloat16(), layer.cohorts[0].key.bfloat16()).flatten(0, 1)
+    assert torch.equal(routing.scores, scores.float())
+    assert torch.equal(routing.weight, routing.weight.bfloat16().float())
+    assert out.dtype == torch.float32
+    sum(routing.losses.values(), out.sum()).backward()
+    assert layer.cohorts[0].key.grad.abs().sum() > 0
+    with pytest.raises(InputError, match=r"router\.scores\.precision"):
+        Scores(precision="float16")
 
 
 def test_state_names_are_for_life():

@@ -98,6 +98,7 @@ class Router(nn.Module, ABC):
     ) -> dict[str, Tensor]:
         """The auxiliary losses, weighted; the balance loss looks at live experts only (FORMULAS 6)."""
         losses = {}
+        logits_TC = wide(logits_TC)  # sums over tokens are exact counts in no narrower dtype
         training = self.training and torch.is_grad_enabled()
         if self.balance > 0:
             loss = load_balancing_loss(
@@ -123,9 +124,13 @@ def uniform_keys(key_nD: Tensor) -> None:
 
 
 def router_logits(x_TD: Tensor, candidates: Candidates) -> Tensor:
-    """(T, C) raw scores; one product per cohort, since a concatenated one changes the bits of old scores."""
+    """(T, C) raw scores in the tokens' precision (see ``Scores.cast``).
+
+    One product per cohort, since a concatenated one changes the bits of old scores.
+    """
     with no_autocast(x_TD):
-        return torch.cat([nn.functional.linear(x_TD, wide(key_nD)) for key_nD in candidates.keys], dim=-1)
+        keys = [key.bfloat16() if x_TD.dtype == torch.bfloat16 else wide(key) for key in candidates.keys]
+        return torch.cat([nn.functional.linear(x_TD, key_nD) for key_nD in keys], dim=-1)
 
 
 def scores_for_life(logits_TC: Tensor, candidates: Candidates) -> Tensor:
@@ -155,12 +160,12 @@ def token_choice(
     """The record of K choices for every token, with ids for life."""
     return Routing(
         expert=candidates.expert[choice_TK],
-        weight=gate_TK.masked_fill(~kept_TK, 0.0),
+        weight=wide(gate_TK).masked_fill(~kept_TK, 0.0),
         kept=kept_TK,
         num_tokens=choice_TK.shape[0],
         num_experts=candidates.num_experts,
         valid=tokens.valid,
-        scores=scores_for_life(logits_TC, candidates),
+        scores=scores_for_life(wide(logits_TC), candidates),
         losses=losses,
     )
 

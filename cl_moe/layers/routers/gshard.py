@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cl_moe.errors import InputError
 from cl_moe.layers.checks import number
-from cl_moe.layers.precision import wide
 from cl_moe.layers.routers.base import (
     Candidates,
     Router,
@@ -81,7 +80,7 @@ class GShard(Router):
 
     def forward(self, tokens: Tokens, candidates: Candidates) -> Routing:
         """Two pairs per token, (T, 2), best first; ``kept`` is False where one was not asked or dropped."""
-        logits_TC = router_logits(wide(tokens.x), candidates)
+        logits_TC = router_logits(self.scores.cast(tokens.x), candidates)
         self.check_num_experts(logits_TC.shape[1])
         choice_T2 = self.scores.choose(logits_TC, 2, candidates.bias)
         gate_T2 = self.scores.gates(logits_TC, choice_T2, normalize=True)

@@ -24,15 +24,30 @@ class Scores:
         bias_rate: u >= 0 of auxiliary-loss-free balancing (2408.15664, algorithm 1; theirs is 1e-3). Above 0
             every expert has a bias that is added to its score for the choice, never for the gate, and after
             each optimizer step ``bias += u sign(mean load - load)``. Best beside ``balance=0``.
+        precision: ``"float32"`` or wider, whatever the experts compute in (2101.03961, section 2.4); or
+            ``"bfloat16"``: tokens, keys, logits and softmax, as in that paper's unstable arm (table 2).
     """
 
-    def __init__(self, function: Literal["softmax", "sigmoid"] = "softmax", bias_rate: float = 0.0) -> None:
+    def __init__(
+        self,
+        function: Literal["softmax", "sigmoid"] = "softmax",
+        bias_rate: float = 0.0,
+        precision: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
         if function not in ("softmax", "sigmoid"):
             raise InputError(
                 got=f"function={function}", allowed="softmax or sigmoid", key="router.scores.function"
             )
         number("bias_rate", bias_rate, key="router.scores.bias_rate")
-        self.function, self.bias_rate = function, bias_rate
+        if precision not in ("float32", "bfloat16"):
+            raise InputError(
+                got=f"precision={precision}", allowed="float32 or bfloat16", key="router.scores.precision"
+            )
+        self.function, self.bias_rate, self.precision = function, bias_rate, precision
+
+    def cast(self, x_TD: Tensor) -> Tensor:
+        """(T, D) tokens in the precision that the router computes in."""
+        return x_TD.bfloat16() if self.precision == "bfloat16" else wide(x_TD)
 
     def log(self, logits_TC: Tensor) -> Tensor:
         """(T, C) logarithms of the scores, up to a constant: their softmax is each one's share of the sum."""

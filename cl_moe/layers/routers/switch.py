@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from cl_moe.errors import InputError
 from cl_moe.layers.checks import number, whole
-from cl_moe.layers.precision import wide
 from cl_moe.layers.routers.base import (
     Candidates,
     Router,
@@ -80,7 +79,7 @@ class Switch(Router):
 
     def forward(self, tokens: Tokens, candidates: Candidates) -> Routing:
         """One pair per token, (T, 1); ``kept`` is False where the capacity was full."""
-        x_TD = wide(tokens.x)
+        x_TD = self.scores.cast(tokens.x)
         if self.training and self.jitter > 0:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
         logits_TC = router_logits(x_TD, candidates)

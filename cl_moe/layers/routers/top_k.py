@@ -10,7 +10,6 @@ from typing import Literal
 from torch import Tensor
 
 from cl_moe.layers.checks import whole
-from cl_moe.layers.precision import wide
 from cl_moe.layers.routers.base import (
     Candidates,
     Router,
@@ -62,7 +61,7 @@ class TopK(Router):
 
     def forward(self, tokens: Tokens, candidates: Candidates) -> Routing:
         """K pairs per token, (T, K), best first; ``kept`` is False on padding only."""
-        logits_TC = router_logits(wide(tokens.x), candidates)
+        logits_TC = router_logits(self.scores.cast(tokens.x), candidates)
         self.check_num_experts(logits_TC.shape[1])
         choice_TK = self.scores.choose(logits_TC, self.k, candidates.bias)
         gate_TK = self.scores.gates(logits_TC, choice_TK, normalize=self.normalize == "selected")
