@@ -194,6 +194,7 @@ def test_every_arm_that_a_claim_names_builds(
     """Every command of the file with one seed, as far as to the first step; and what is made of its arms."""
     arms: set[str] = set()
     monkeypatch.setattr(launch, "run_experiment", lambda run: arms.add(run.params["arm"]) or 0.0)
+    monkeypatch.setattr(launch, "run_in_ranks", lambda config, *_: arms.add(config.arm) or 0.0)
     monkeypatch.setattr(launch.stored, "note_finished", lambda *_: None)
     for words in results.commands(NAMED[name], tmp_path):
         kept = [word for word in words if not word.startswith(("tracking.", "distill="))]  # nothing ran
