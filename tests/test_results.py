@@ -159,7 +159,7 @@ def test_a_named_experiments_commands_are_its_own(name: str, tmp_path: Path):
 def first_of(word: str) -> str:
     """An override, with the first value of a sweep."""
     key, _, value = word.partition("=")
-    return word if value.startswith("[") or "=" not in word else f"{key}={value.split(',')[0]}"
+    return word if value.startswith(("[", "{")) or "=" not in word else f"{key}={value.split(',')[0]}"
 
 
 UNLIKE = {
