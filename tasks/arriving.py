@@ -21,6 +21,12 @@ from tasks.tables import Columns, Source, Split
 from tasks.tokens import BytePairs, Bytes, check_tokenizer, encoded_rows, padded, tokenizer_of, windows
 
 _OF_EACH = ("validation", "label_noise", "online")
+_NO_TESTS = "a column called split, stream.columns.split=COLUMN or stream.test_share=.2"
+_KEYS = {
+    "stream.source.path": "stream.files",
+    "stream.source.test": "stream.test_share",
+    "stream.source.test_share": "stream.test_share",
+}
 """Shapes of time that look at one experience alone."""
 
 
@@ -72,7 +78,7 @@ def arriving(
     _check_shape(shape)
     paths = _found(files)
     seed, key = whole(data_seed, "seed.data"), "stream.files"
-    sides = [Source(str(path), test_share=test_share).splits(meaning, seed) for path in paths]
+    sides = [_sides(path, test_share, meaning, seed) for path in paths]
     tokens = tokenizer_of(size, sides[0][0].texts)
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
@@ -108,6 +114,15 @@ def _found(files: str) -> list[Path]:
             key="stream.files",
         )
     return paths
+
+
+def _sides(path: Path, test_share: float | None, meaning: Columns, seed: int) -> tuple[Split, Split]:
+    """A file's rows to learn from and to test on; errors name this stream's keys."""
+    try:
+        return Source(str(path), test_share=test_share).splits(meaning, seed)
+    except InputError as error:
+        allowed = _NO_TESTS if error.key == "stream.source.test" else error.allowed
+        raise InputError(got=error.got, allowed=allowed, key=_KEYS.get(error.key, error.key)) from None
 
 
 def _columns(columns: Mapping[str, object], scenario: str) -> Columns:

@@ -169,7 +169,7 @@ def test_what_was_learnt_may_not_change(command: Command, tmp_path: Path) -> Non
         (("strategy=joint",), "strategy"),
         (("stream.columns.label=null",), "stream.columns.label"),
         (("stream.columns.input=[x,z]",), "stream.columns.input"),
-        (("stream.test_share=null",), "stream.source.test"),
+        (("stream.test_share=null",), "stream.test_share"),
     ],
 )
 def test_what_is_refused(command: Command, tmp_path: Path, words: tuple[str, ...], key: str) -> None:
