@@ -26,6 +26,8 @@ SMALL = ("trainer.epochs=1", "stream.tune_on_first=2", "eval.samples=0", "layer=
 PATIENCE = 1800.0
 ROOT = Path(conf.__path__[0]) / "hydra"
 OPTIONS = sorted((path.parent.name, path.stem) for path in ROOT.glob("*/*.yaml"))
+# optuna 2.10, which Hydra's sweeper wants, asks SQLAlchemy for a name that moved
+OLD_OPTUNA = pytest.mark.filterwarnings("ignore:The ``declarative_base")
 
 
 def needs(extra: str) -> pytest.MarkDecorator:
@@ -240,7 +242,7 @@ def test_a_job_that_the_queue_wants_back_saves_and_goes_on_by_itself(tmp_path):
     words = ("-m", "hydra/launcher=slurm_rehearsal", *SMALL, *LONG, "trainer.epochs=300", "seed.init=0")
     sweep = start(tmp_path, *words, "tracking=none")
     until(lambda: list(tmp_path.glob("sweep/0/checkpoints/boundary_000_batch*")))
-    jobs = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
+    jobs = subprocess.run(["ps", "-wweo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
     (job,) = [
         int(line.split()[0]) for line in jobs if "submitit.core._submit" in line and str(tmp_path) in line
     ]
@@ -250,11 +252,12 @@ def test_a_job_that_the_queue_wants_back_saves_and_goes_on_by_itself(tmp_path):
     assert (tmp_path / "sweep/0/finished.yaml").exists()
     logs = "".join(path.read_text() for path in tmp_path.glob("sweep/.submitit/**/*_log.*"))
     assert "Requeued job" in logs
-    assert "goes on" in logs
+    assert "resumed after experience 0 of 2 and" in logs
 
 
 @pytest.mark.slow
 @NEEDED["optuna"]
+@OLD_OPTUNA
 def test_a_search_finds_the_best_objective_and_started_again_trains_nothing(tmp_path, command_in):
     words = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "optimizer.lr=tag(log,interval(0.001,1))")
     first = command_in(tmp_path, "-m", *words, *SMALL, "hydra.sweep.dir=sweep", "tracking=none")
@@ -270,6 +273,7 @@ def test_a_search_finds_the_best_objective_and_started_again_trains_nothing(tmp_
 
 @pytest.mark.slow
 @NEEDED["optuna"]
+@OLD_OPTUNA
 def test_a_search_of_which_every_trial_fails_says_so(tmp_path, command_in):
     words = ("hydra/sweeper=search", "hydra.sweeper.n_trials=2", "layer.num_experts=choice(0,-1)")
     ended = command_in(tmp_path, "-m", *words, *SMALL, "tracking=none")
