@@ -77,6 +77,7 @@ class CostMeter:
         self._optimizer_bytes = engines.bytes_remembered(self.learner.trainer)
         self.tokens += epochs * num_targets(experience.train)
         self._trained = self._state()
+        return_freed()
 
     def points(self) -> dict[str, float]:
         """The ``cost/*`` metrics of now: operations of all ranks, memory of the one that held most."""

@@ -17,7 +17,6 @@ from cl_moe.growth.adapt import births
 from cl_moe.layers.routing import ExpertLoad
 from cl_moe.learner import Learner
 from cl_moe.measuring import Measuring, Past, uneven_layers
-from cl_moe.memory import return_freed
 from cl_moe.metrics import Tally
 from cl_moe.metrics.answers import mean_of
 from cl_moe.metrics.functional import Choices
@@ -74,7 +73,6 @@ def evaluate(
     tally = Tally(len(distinct), [probe_rows(len(data), samples) for data in distinct.values()])
     learner.tally, learner.then = tally, []
     loaders = [evaluation_loader(data, batch_size) for data in distinct.values()]
-    return_freed()
     with learner.charges.account("eval"):
         trainer.test(learner, dataloaders=loaders, verbose=False)
     chosen = [place[id(experience.test)] for experience in experiences]

@@ -67,12 +67,9 @@ def tell_arrived(run: Run) -> None:
 def tell_cut(cuts: list[dict[str, Any]], tracker: Tracker, say: Callable[[str], None]) -> None:
     """Say where training ended for want of budget, if it did; in MLflow by the tag ``budget``."""
     for event in cuts:
-        batches, place = event["batches"], f"experience {event['experience'] + 1}"
-        place = (
-            f"{batches} {'batch' if batches == 1 else 'batches'} into {place}"
-            if batches
-            else f"before {place}"
-        )
+        batches = event["batches"]
+        where = f"{batches} {'batch' if batches == 1 else 'batches'} into" if batches else "before"
+        place = f"{where} experience {event['experience'] + 1}"
         told = f"cut {place}: budget.{event['budget']}={event['bound']:g} was reached"
         say(f"training was {told}; what came after was measured, not trained")
         tracker.tag("budget", told)

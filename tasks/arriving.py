@@ -21,13 +21,14 @@ from tasks.tables import Columns, Source, Split
 from tasks.tokens import BytePairs, Bytes, check_tokenizer, encoded_rows, padded, tokenizer_of, windows
 
 _OF_EACH = ("validation", "label_noise", "online")
+"""Shapes of time that look at one experience alone."""
 _NO_TESTS = "a column called split, stream.columns.split=COLUMN or stream.test_share=.2"
 _KEYS = {
     "stream.source.path": "stream.files",
     "stream.source.test": "stream.test_share",
     "stream.source.test_share": "stream.test_share",
 }
-"""Shapes of time that look at one experience alone."""
+"""What a single file's reader calls by another name than this stream."""
 
 
 def arriving(

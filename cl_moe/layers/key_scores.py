@@ -12,17 +12,17 @@ from torch import Tensor
 
 from cl_moe.layers.key_cohort import KeyCohort
 from cl_moe.layers.precision import wide
-from cl_moe.layers.several_grids import Scores
+from cl_moe.layers.several_grids import KeyScores
 
 
-def differentiable_scores(cohorts: Sequence[KeyCohort], queries: Sequence[Tensor]) -> Scores:
+def differentiable_scores(cohorts: Sequence[KeyCohort], queries: Sequence[Tensor]) -> KeyScores:
     """The scores of each cohort's sub-keys for its own (Q, 2, H) queries, with gradients to both."""
     sides = []
     for side in range(2):
         pairs = zip(cohorts, queries, strict=True)
         parts = [cohort.scores(query_QSH, side, wide(cohort.keys)) for cohort, query_QSH in pairs]
         sides.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
-    return Scores(sides, [len(cohort.rows) for cohort in cohorts])
+    return KeyScores(sides, [len(cohort.rows) for cohort in cohorts])
 
 
 class ScoreRoom:
@@ -41,11 +41,11 @@ class ScoreRoom:
         self.widths = [len(cohort.rows) for cohort in cohorts]
         self._score_SQM = largest_QSH.new_empty(2, largest_QSH.shape[0], sum(self.widths))
 
-    def __call__(self, query_QSH: Tensor) -> Scores:
+    def __call__(self, query_QSH: Tensor) -> KeyScores:
         """The scores of a piece; those of the piece before are gone then."""
         sides = list(self._score_SQM[:, : query_QSH.shape[0]])
         for side, score_QM in enumerate(sides):
             parts = score_QM.split(self.widths, dim=1)
             for (cohort, keys), score_Qr in zip(self.keys, parts, strict=True):
                 cohort.scores(query_QSH, side, keys, score_Qr)
-        return Scores(sides, self.widths)
+        return KeyScores(sides, self.widths)

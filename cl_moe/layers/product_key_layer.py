@@ -25,7 +25,7 @@ from cl_moe.layers.product_keys import Found, grid_size, joined
 from cl_moe.layers.queries import Queries, QueryNorm, add_query_net, ask
 from cl_moe.layers.retrieval import Retrieval
 from cl_moe.layers.routing import Routing
-from cl_moe.layers.several_grids import Scores
+from cl_moe.layers.several_grids import KeyScores
 from cl_moe.layers.tokens import Tokens, flat_tokens
 from cl_moe.layers.vector_experts import Dot, Part, expert_sum
 
@@ -266,7 +266,7 @@ class ProductKeyLayer(ExpertLayer):
         """How many queries are searched at once: whole tokens, few enough for a processor's cache."""
         return self.heads * max(1, _QUERIES // self.heads)
 
-    def _search(self, scores: Scores, chosen: Sequence[int]) -> list[Found]:
+    def _search(self, scores: KeyScores, chosen: Sequence[int]) -> list[Found]:
         firsts = {c: sum(self.cohort_sizes[:c]) for c in chosen}
         return self.retrieval.search(scores, {c: self._cohort(c).rows for c in chosen}, firsts, self.k)
 
@@ -275,7 +275,7 @@ class ProductKeyLayer(ExpertLayer):
         owners = [self._cohort(c) for c in asked]
         return [with_gradient(one, query_QSH, owners, firsts, self.heads) for one in found]
 
-    def _scores(self, tokens: Tokens, query_QSH: Tensor | None, asked: Sequence[int]) -> Scores:
+    def _scores(self, tokens: Tokens, query_QSH: Tensor | None, asked: Sequence[int]) -> KeyScores:
         cohorts = [self._cohort(c) for c in asked]
         queries = [ask(c, tokens, self.queries) if query_QSH is None else query_QSH for c in cohorts]
         return differentiable_scores(cohorts, queries)

@@ -1,6 +1,6 @@
 """The options of product-key retrieval that PEER and product-key memories share.
 
-Legend: Q queries (one per token and head), m sub-keys of one cohort's side, K retrieved.
+Legend: Q queries (one per token and head), K retrieved.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cl_moe.errors import InputError
 from cl_moe.layers.product_keys import Found
-from cl_moe.layers.several_grids import Scores, search_grids, search_shells
+from cl_moe.layers.several_grids import KeyScores, search_grids, search_shells
 
 _ALLOWED = {
     "keys": ("shared", "per_head"),
@@ -63,7 +63,7 @@ class Retrieval:
 
     def search(
         self,
-        scores: Scores,
+        scores: KeyScores,
         rows: Mapping[int, range],
         firsts: Mapping[int, int],
         k: int,

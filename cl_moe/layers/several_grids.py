@@ -16,7 +16,7 @@ from cl_moe.layers.product_keys import Found, blocks_of, search, shell_index, ti
 from cl_moe.layers.selection import top_k_first
 
 
-class Scores(NamedTuple):
+class KeyScores(NamedTuple):
     """Scores of the sub-keys of some cohorts, one cohort after the other.
 
     Args:
@@ -27,13 +27,13 @@ class Scores(NamedTuple):
     sides: Sequence[Tensor]
     widths: Sequence[int]
 
-    def of(self, place: int) -> Scores:
+    def of(self, place: int) -> KeyScores:
         """Those of one cohort alone."""
         at = slice(start := sum(self.widths[:place]), start + self.widths[place])
-        return Scores([side[:, at] for side in self.sides], [self.widths[place]])
+        return KeyScores([side[:, at] for side in self.sides], [self.widths[place]])
 
 
-def search_grids(scores: Scores, firsts: Sequence[int], k: int) -> Found:
+def search_grids(scores: KeyScores, firsts: Sequence[int], k: int) -> Found:
     """The exact top k of the union of several grids, best first, with ids for life.
 
     A row's best expert is where the best column of its grid crosses it. k rows whose best experts beat that
@@ -73,7 +73,7 @@ def search_grids(scores: Scores, firsts: Sequence[int], k: int) -> Found:
     return Found(score_QK, shell_index(row_QK, column_QK) + first_C[grid_QK])
 
 
-def search_shells(scores: Scores, shells: Sequence[range], k: int) -> Found:
+def search_shells(scores: KeyScores, shells: Sequence[range], k: int) -> Found:
     """The exact top k of some shells of a grid that cohorts made larger, ids counted inside the grid.
 
     Args:

@@ -49,8 +49,8 @@ def table(stream: Stream) -> list[str]:
     for number, entry in enumerate(found["experiences"], start=1):
         line = f"{number:>4}  {entry['name']:<{width}}  train {entry['train']:>7}  test {entry['test']:>6}"
         if stream.kind == "classification":
-            sizes = sorted({*entry["train_classes"].values()})
-            span = " .. ".join(map(str, dict.fromkeys([sizes[0], sizes[-1]])))
+            counts = entry["train_classes"].values()
+            span = " .. ".join(map(str, sorted({min(counts), max(counts)})))
             line += f"  classes {len(entry['classes']):>3}, {span} examples each"
         else:
             line += f"  tokens {entry['train_tokens']:>9}"

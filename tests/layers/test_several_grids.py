@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_moe.layers.product_keys import shell_coordinates
-from cl_moe.layers.several_grids import Scores, search_grids
+from cl_moe.layers.several_grids import KeyScores, search_grids
 
 
 @given(st.data())
@@ -22,7 +22,7 @@ def test_a_union_of_grids_is_searched_exactly_with_the_rule_for_ties(data):
     ]
     firsts = [10 * g + sum(size**2 for size in sizes[:g]) for g in range(len(sizes))]
     sides = [torch.cat(side, dim=1) for side in zip(*grids, strict=True)]
-    found = search_grids(Scores(sides, sizes), firsts, k)
+    found = search_grids(KeyScores(sides, sizes), firsts, k)
     for q in range(3):
         cells = []
         for g, (grid, first) in enumerate(zip(grids, firsts, strict=True)):
