@@ -88,7 +88,7 @@ $(VENV)/.ray: $(STAMP) constraints-ray.txt
 packages = import sysconfig; print(sysconfig.get_path("purelib"))
 
 $(VENV)/.bench: $(STAMP)
-	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,bench,system]'
 	@touch $@
 
 # Candidates are run, not looked up: a launcher may exist without the Python that it launches.
