@@ -105,3 +105,12 @@ def padding_mask(targets: Tensor) -> Tensor | None:
     """(B, S) bool, False on padding; None where there is none, which spares the layers the work."""
     mask = targets != IGNORE
     return None if bool(mask.all()) else mask
+
+
+def broken_inputs(inputs: Tensor) -> list[str]:
+    """How many examples of a batch are not finite, and which is the first, in words; empty if none is."""
+    broken_B = ~inputs.isfinite().flatten(1).all(dim=1)
+    if not broken_B.any():
+        return []
+    count, first = int(broken_B.sum()), int(broken_B.nonzero()[0])
+    return [f"{count} of its {len(inputs)} inputs not finite themselves (the first is {first})"]

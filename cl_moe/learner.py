@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cl_moe import agreement
-from cl_moe.batches import padding_mask
+from cl_moe.batches import broken_inputs, padding_mask
 from cl_moe.counting import Charges
 from cl_moe.errors import InputError, RunFailedError
 from cl_moe.growth import Trace
@@ -158,7 +158,7 @@ class Learner(LeanModule):
             for strategy in self._hooks.loss:
                 add_terms(terms, {name: part.weigh(term) for name, term in strategy.loss(step).items()})
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else terms["task_loss"]
-        self._watch(loss, terms)
+        self._watch(loss, terms, part.inputs)
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -196,14 +196,14 @@ class Learner(LeanModule):
         """For what the model draws for a batch: the same after a restart."""
         return generator(self.seed, self.outlook().experience.index, "pose", self.batches)
 
-    def _watch(self, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
+    def _watch(self, loss: Tensor, terms: Mapping[str, Tensor], inputs: Tensor) -> None:
         due = self.batches % self.log_every == 0
         # Reading a number costs an accelerator its queue, so it is read every step on the CPU only.
         if not due and loss.is_cuda:
             return
         if not math.isfinite(loss.item()):
-            values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
-            raise RunFailedError(f"loss not finite at step {self.global_step}: {values}\n{_REMEDY}")
+            found = [f"{name} {value.item():.4g}" for name, value in terms.items()] + broken_inputs(inputs)
+            raise RunFailedError(f"loss not finite at step {self.global_step}: {', '.join(found)}\n{_REMEDY}")
         if due:
             points = {f"train/{name}": v.item() for name, v in terms.items()} if len(terms) > 1 else {}
             self.note(agreement.averages({"train/loss": loss.item(), **points}), self.global_step)

@@ -108,7 +108,7 @@ def plain_learner(lr: float = 0.1, strategies: Mapping[str, Strategy] | None = N
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step() -> None:
     batches = [(LOGITS[:8].clone(), TARGETS[:8]) for _ in range(5)]
     batches[3][0][2, 1] = float("nan")
-    with pytest.raises(RunFailedError, match=r"step 3: DenseFFN was given 1 of 8 tokens"):
+    with pytest.raises(RunFailedError, match=r"step 3: task_loss nan, 1 of its 8 inputs.*the first is 2"):
         fit(plain_learner(), batches)
     learner = plain_learner()
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from cl_moe.counting.operations import CountFlops
 Account = Literal["train", "eval", "diagnostics"]
 ACCOUNTS: tuple[Account, ...] = get_args(Account)
 EVERY = 256
+_NOTHING = nullcontext()
 
 
 class Charges:
@@ -43,6 +44,7 @@ class Charges:
         self._since: float | None = None
         self._open = False  # inside a step
         self._counted: list[int] | None = None  # the step that is being counted, till its backward pass
+        self._closing = _Closing(self)
 
     # ---- accounts and seconds
 
@@ -73,8 +75,9 @@ class Charges:
 
     # ---- operations
 
-    @contextmanager
-    def step(self, part: str, *tensors: Tensor, varies: bool = False, tokens: int = 0) -> Iterator[None]:
+    def step(
+        self, part: str, *tensors: Tensor, varies: bool = False, tokens: int = 0
+    ) -> AbstractContextManager[None]:
         """Charge what runs inside, counted or as last time; a ``backward`` after it belongs to it.
 
         Args:
@@ -84,8 +87,7 @@ class Charges:
             tokens: examples or positions that are computed, for ``flops_per_token``.
         """
         if self._open:  # charged as a part of the step around it
-            yield
-            return
+            return _NOTHING
         kind = (self._account, part, *(tuple(tensor.shape) for tensor in tensors))
         known = self._known.setdefault(kind, [0, 0])
         self._counted = known if self._is_due(known[1], varies) else None
@@ -93,25 +95,20 @@ class Charges:
         if tokens:
             self._passes.setdefault(self._account, [0, 0])[1] += tokens
         self._open = True
-        try:
-            if self._counted is None:
-                self._charge(known[0])
-                yield
-            else:
-                known[0] = 0
-                with self._count_into(known):
-                    yield
-        finally:
-            self._open = False
+        if self._counted is None:
+            self._charge(known[0])
+            return self._closing
+        known[0] = 0
+        return self._count_step(known)
 
     @contextmanager
-    def backward(self) -> Iterator[None]:
+    def _count_step(self, known: list[int]) -> Iterator[None]:
+        with self._closing, self._count_into(known):
+            yield
+
+    def backward(self) -> AbstractContextManager[None]:
         """The backward pass of the last step: counted if that was, and charged with it if not."""
-        if self._counted is None:
-            yield
-            return
-        with self._count_into(self._counted):
-            yield
+        return _NOTHING if self._counted is None else self._count_into(self._counted)
 
     @contextmanager
     def counting(self, asked: bool = True) -> Iterator[None]:
@@ -171,3 +168,16 @@ class Charges:
         self.flops, self.examples, self.varies = state["flops"], state["examples"], state["varies"]
         self._known, self._passes = state["known"], state["passes"]
         self._seconds = dict(clock)
+
+
+class _Closing:
+    """Ends a step. Entered in every one of them, so it is not a generator's context."""
+
+    def __init__(self, charges: Charges) -> None:
+        self.charges = charges
+
+    def __enter__(self) -> None:
+        """The step is open already."""
+
+    def __exit__(self, *error: object) -> None:
+        self.charges._open = False

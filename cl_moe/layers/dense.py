@@ -16,6 +16,7 @@ from cl_moe.layers.checks import whole
 from cl_moe.layers.expert_layer import ExpertLayer
 from cl_moe.layers.precision import activation_by_name
 from cl_moe.layers.routing import Routing
+from cl_moe.layers.tokens import check_fits
 
 
 class DenseFFN(ExpertLayer):
@@ -62,7 +63,8 @@ class DenseFFN(ExpertLayer):
             mask: (...) bool, False on padding, where the output is 0.
             cohorts: ignored: a dense layer is of every cohort's age.
         """
-        self.check_input(x, mask)
+        # No router chooses here, so tokens that are not finite need no name: the loss and the logits tell.
+        check_fits(x, mask, self.dim, self.linear_in.weight)
         dtype = x.dtype
         if mask is not None:  # whatever stands on padding, even NaN, reaches no gradient
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)

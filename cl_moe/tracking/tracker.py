@@ -103,6 +103,8 @@ class MLflowTracker(Tracker):
 
     def add(self, points: Mapping[str, float], step: int) -> None:
         """Notes points at ``step``, stamped with the time of this call."""
+        if not points:
+            return
         stamp = self._stamp()
         for key, value in points.items():
             check_name(key, "metric")
