@@ -18,7 +18,8 @@ It is reproduced if the whole 95% interval of the paired difference lies on the 
 margin (``within``: inside it), contradicted if all of it lies on the other side, and else not to be told at
 this scale. ``Derive`` makes an arm of others (``cl_moe.tracking.compare.families``), ``Show`` names further
 columns. ``Figure`` is one of the comparison's, ``stability_gap`` of the first claim's arm, ``families`` (the
-derived curves) or ``learning`` (losses inside). Lines go on behind three spaces, commands behind ``&&``.
+derived curves), ``learning`` (losses inside), ``trade`` (old losses over the newest, inside). Lines go on
+behind three spaces, commands behind ``&&``.
 
 Runs are kept in ``results/``, with an MLflow store of their own. Finished ones are not run again, and those
 that were stopped go on. A section between two marks of ``docs/RESULTS.md`` is written anew; all else there
@@ -44,11 +45,12 @@ from cl_moe.errors import InputError
 from cl_moe.tracking import compare
 from cl_moe.tracking.compare.arms import Arm, by_stream
 from cl_moe.tracking.compare.claims import Claim, Verdict, judge, numbers, read_claim, sentence
-from cl_moe.tracking.compare.families import Derived, derive, family, inside_curve, read_derived
+from cl_moe.tracking.compare.families import Derived, derive, family, read_derived
+from cl_moe.tracking.compare.inside import inside_curve, trade_curve
 from cl_moe.tracking.compare.runs import read_runs
 from cl_moe.tracking.compare.table import head, main_metric, short
 from cl_moe.tracking.figures import save
-from cl_moe.tracking.figures.families import families, learning
+from cl_moe.tracking.figures.families import families, learning, trade
 from cl_moe.tracking.store import open_store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +63,7 @@ FIGURES = (
     "stability_gap",
     "families",
     "learning",
+    "trade",
 )
 FIELDS = ("Question", "Source", "Command", "Run time", "Full scale", "Derive", "Claim", "Show", "Figure")
 SEVERAL = ("Derive", "Claim")
@@ -203,9 +206,10 @@ def _figure(named: Named, arms: Sequence[Arm], out: Path) -> Path:
     if kind == "families":
         drawn = [found for one in named.derived if (found := family(one, real)) is not None]
         return save(families(drawn), out / "families.png")
-    if kind == "learning":
-        curves = {arm.full or arm.name: [inside_curve(run) for run in arm.runs] for arm in real}
-        return save(learning(curves), out / "learning.png")
+    if kind in ("learning", "trade"):
+        read, draw = (inside_curve, learning) if kind == "learning" else (trade_curve, trade)
+        curves = {arm.full or arm.name: [read(run) for run in arm.runs] for arm in real}
+        return save(draw(curves), out / f"{kind}.png")
     first = next(arm.runs[0] for arm in arms if (arm.full or arm.name) == named.claims[0].arm)
     return [*out.rglob(f"{kind}.png"), Path(first.artifacts) / f"{kind}.png"][0]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cl_moe.errors import InputError
+from cl_moe.layers.precision import wide
 from cl_moe.layers.routing import Routing
 from cl_moe.strategies.base import Answer, Forward, Outlook, Setting, Strategy
 
@@ -103,7 +104,7 @@ class DEMix(Strategy):
     def _mixture(self, forward: Forward, inputs_BS: Tensor) -> Answer:
         """log p (B, S, V), and what all passes routed, weighted by the posterior."""
         answers = [forward([domain]) for domain in range(len(self.groups))]
-        logs_JBSV = torch.stack([logits.float().log_softmax(dim=-1) for logits, _ in answers])
+        logs_JBSV = torch.stack([wide(logits).log_softmax(dim=-1) for logits, _ in answers])
         posterior_JBS = posterior(logs_JBSV, inputs_BS)
         mixed_BSV = (posterior_JBS.unsqueeze(-1) + logs_JBSV).logsumexp(dim=0)
         weights_JT = posterior_JBS.exp().flatten(1)

@@ -103,7 +103,7 @@ class DER(Strategy):
         columns = self.memory.columns
         if columns:
             columns[2] = _padded(columns[2], logits.shape[-1])
-        row = (inputs, targets, logits.float())
+        row = (inputs, targets, wide(logits))
         self.memory.offer([column.detach().cpu() for column in row], self._draw)
 
     @torch.no_grad()

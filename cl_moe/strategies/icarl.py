@@ -115,7 +115,7 @@ class ICaRL(Strategy):
             elif label in self.exemplars:
                 self.exemplars[label] = self.exemplars[label][:share].clone()
         self.means = {
-            label: F.normalize(F.normalize(features_of(outlook.model, kept).float(), dim=1).mean(0), dim=0)
+            label: F.normalize(F.normalize(wide(features_of(outlook.model, kept)), dim=1).mean(0), dim=0)
             for label, kept in self.exemplars.items()
         }
         self.teacher.learn(outlook.model)
@@ -129,7 +129,7 @@ class ICaRL(Strategy):
         scores_BC = torch.full_like(logits, FARTHEST)
         if known:
             means_KD = torch.stack([self.means[classes[column]] for column in known]).to(features.device)
-            unit_BD = F.normalize(features.float(), dim=1)
+            unit_BD = F.normalize(wide(features), dim=1)
             away_BK = (unit_BD.unsqueeze(1) - means_KD).square().sum(dim=2)
             scores_BC[:, known] = -away_BK.to(scores_BC.dtype)
         return scores_BC

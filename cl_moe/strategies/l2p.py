@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from cl_moe.errors import InputError
+from cl_moe.layers.precision import wide
 from cl_moe.models.attention import Mixer
 from cl_moe.models.base import ContinualModel
 from cl_moe.models.patch_transformer import PatchTransformer
@@ -190,6 +191,6 @@ class L2P(Strategy):
 
 def choose(query_BD: Tensor, keys_MD: Tensor, prompts_MLD: Tensor, top_n: int) -> Chosen:
     """The prompts of the nearest keys, the nearest first, and how far those are (equations 3 and 5)."""
-    near_BM = F.normalize(query_BD.float(), dim=1) @ F.normalize(keys_MD.float(), dim=1).t()
+    near_BM = F.normalize(wide(query_BD), dim=1) @ F.normalize(wide(keys_MD), dim=1).t()
     best_BN = near_BM.topk(top_n, dim=1)
     return Chosen(prompts_MLD[best_BN.indices].flatten(1, 2), (1 - best_BN.values).sum(dim=1))

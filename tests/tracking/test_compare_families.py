@@ -15,7 +15,8 @@ from cl_moe.tracking.compare import fits
 from cl_moe.tracking.compare.arms import Arm
 from cl_moe.tracking.compare.claims import judge, read_claim
 from cl_moe.tracking.compare.families import derive, family, read_derived
-from cl_moe.tracking.figures.families import families, learning
+from cl_moe.tracking.compare.inside import trade_curve
+from cl_moe.tracking.figures.families import families, learning, trade
 from tests.tracking.comparisons import arms_of, run_of
 
 X = np.array([16.0, 40.0, 100.0, 300.0, 900.0])
@@ -96,21 +97,38 @@ def test_births_are_held_against_boundaries(tmp_path: Path):
     assert found == {"derived/missed": [1], "derived/false": [1], "derived/births": [2]}
 
 
-def test_steps_to_an_equal_loss(tmp_path: Path):
-    def arm(name: str, losses: list[float], flops: float) -> Arm:
-        folder = tmp_path / name
-        folder.mkdir()
-        lines = [f"{10 * (i + 1)},0,{-loss}" for i, loss in enumerate(losses)]
-        (folder / "anytime.csv").write_text("\n".join(["step,experience,score", *lines]))
-        (found,) = arms_of([run_of(name, metrics={"cost/train_flops": flops, "cost/seconds": 1.0})])
-        return replace(found, runs=[replace(run, artifacts=str(folder)) for run in found.runs])
+def looked_into(folder: Path, name: str, rows: list[list[float]], flops: float = 1.0) -> Arm:
+    """An arm of one run: every ten steps the losses on as many experiences as there are by then."""
+    (folder / name).mkdir()
+    lines = [f"{10 * (i + 1)},{j},{-loss}" for i, losses in enumerate(rows) for j, loss in enumerate(losses)]
+    (folder / name / "anytime.csv").write_text("\n".join(["step,experience,score", *lines]))
+    (found,) = arms_of([run_of(name, metrics={"cost/train_flops": flops, "cost/seconds": 1.0})])
+    return replace(found, runs=[replace(run, artifacts=str(folder / name)) for run in found.runs])
 
-    of = [arm("slow", [4, 3, 2, 2.5], 1e3), arm("fast", [3, 1, 1, 1], 3e3), arm("never", [5, 5, 5, 5], 1e3)]
+
+def test_steps_to_an_equal_loss(tmp_path: Path):
+    losses = {"slow": [4, 3, 2, 2.5], "fast": [3, 1, 1, 1], "never": [5, 5, 5, 5]}
+    flops = {"slow": 1e3, "fast": 3e3, "never": 1e3}
+    of = [looked_into(tmp_path, name, [[x] for x in losses[name]], flops[name]) for name in losses]
     found = derived("s = reach slow by fast", of)
     assert found["derived/share_of_steps"] == [pytest.approx(15 / 30)]
     assert found["derived/share_of_flops"] == [pytest.approx(1.5)]
     assert derived("s = reach slow by never", of)["derived/share_of_steps"] == [pytest.approx(40 / 30)]
     assert learning({"slow": [([10, 20], [4.0, 3.0])]}).axes
+
+
+def test_what_is_forgotten_at_equal_learning(tmp_path: Path):
+    slow = looked_into(tmp_path, "slow", [[2, 9], [1, 3], [1.5, 2.5, 4], [1.5, 2.7, 3]])
+    fast = looked_into(tmp_path, "fast", [[2, 9], [1, 3], [2, 3, 3.5], [4, 5, 2.5], [9, 9, 2]])
+    found = derived("m = match slow by fast", [slow, fast])
+    assert found == {"derived/older": [pytest.approx(3.5)], "derived/older_of_base": [pytest.approx(2.1)]}
+    with pytest.raises(InputError, match="no seed and order"):  # slow never learns what fast learns
+        derived("m = match fast by slow", [slow, fast])
+    (newest, older) = trade_curve(fast.runs[0])
+    assert (newest, older) == ([3.5, 2.5, 2], [2.5, 4.5, 9])
+    assert trade({"fast": [(newest, older)], "slow": [trade_curve(slow.runs[0])]}).axes
+    with pytest.raises(InputError, match="one experience"):
+        trade_curve(looked_into(tmp_path, "one", [[1], [2]]).runs[0])
 
 
 def test_a_pair_that_lacks_an_arm_has_no_trend_and_a_figure_shows_every_run():

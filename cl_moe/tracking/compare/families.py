@@ -5,20 +5,18 @@ Every pair of seed and order gives a value of its own, so that a claim about it 
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import NamedTuple
 
 from cl_moe.errors import InputError
 from cl_moe.tracking.artifacts import LEDGER, read_ledger
 from cl_moe.tracking.compare import fits
 from cl_moe.tracking.compare.arms import Arm
+from cl_moe.tracking.compare.inside import folder_of, inside_curve, trade_curve
 from cl_moe.tracking.compare.runs import SEEDS, Pair, Run
-from cl_moe.tracking.inside import ANYTIME
 
 CURVES: dict[str, Callable[[Sequence[float], Sequence[float]], fits.Fit]] = {
     "slope": fits.slope,
@@ -30,7 +28,7 @@ _FORMS = tuple(
     re.compile(f"{_WORD('name')} = {form}")
     for form in (
         f"(?P<kind>{'|'.join(CURVES)}) {_WORD('metric')} over {_WORD('over')} of {_WORD('arms')}",
-        f"(?P<kind>reach) {_WORD('base')} by {_WORD('arms')}",
+        f"(?P<kind>reach|match) {_WORD('base')} by {_WORD('arms')}",
         f"(?P<kind>kept) {_WORD('metric')} of {_WORD('arms')} from {_WORD('base')} to {_WORD('high')}",
         f"(?P<kind>ratio) {_WORD('metric')} of {_WORD('arms')} to {_WORD('base')}",
         f"(?P<kind>change) {_WORD('metric')} of {_WORD('arms')}",
@@ -83,6 +81,9 @@ def read_derived(text: str, key: str) -> Derived:
       loss that BASE reaches, by the evaluations inside experiences (``eval.every``):
       ``derived/share_of_steps``, ``_flops``, ``_seconds``. An arm that never reaches it is given all that it
       spent, which is too little.
+    - ``NAME = match BASE by ARM``: what ARM has forgotten when it has learned as much of the last experience
+      as BASE has at its end, by the same evaluations: ``derived/older``, the mean loss on older experiences,
+      and ``derived/older_of_base``. A pair in which ARM never learns as much is left out.
     - ``NAME = kept METRIC of ARM from BASE to HIGH``: the share of the way between two arms,
       ``derived/share``.
     - ``NAME = ratio METRIC of ARM to BASE``: ``derived/ratio``.
@@ -108,8 +109,12 @@ def derive(one: Derived, arms: Sequence[Arm]) -> Arm:
     Raises:
         InputError: no such arm, or no pair is whole.
     """
-    make = {"reach": _reach, "kept": _between, "ratio": _between, "change": _change, "births": _births}
-    found = make.get(one.kind, _fitted)(one, arms)
+    inside = {"reach": _shares, "match": _older}
+    make = {"kept": _between, "ratio": _between, "change": _change, "births": _births}
+    if one.kind in inside:
+        found = _beside_base(one, arms, inside[one.kind])
+    else:
+        found = make.get(one.kind, _fitted)(one, arms)
     if not found:
         raise InputError(got="no seed and order that all of them have", allowed="paired runs", key=one.text)
     runs = []
@@ -150,23 +155,6 @@ def chosen(one: Derived, arms: Sequence[Arm]) -> list[Arm]:
     return list(found.values())
 
 
-def inside_curve(run: Run) -> tuple[list[float], list[float]]:
-    """Optimizer steps and losses (minus the scores, mean over experiences) of a run's evaluations inside.
-
-    Raises:
-        InputError: it made none.
-    """
-    path = _folder(run) / ANYTIME
-    rows: dict[float, list[float]] = {}
-    if path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                rows.setdefault(float(row["step"]), []).append(-float(row["score"]))
-    if not rows:
-        raise InputError(got=f"no evaluations inside {run.run_id}", allowed="eval.every=20", key="eval.every")
-    return list(rows), [sum(losses) / len(losses) for losses in rows.values()]
-
-
 def _fitted(one: Derived, arms: Sequence[Arm]) -> dict[Pair, dict[str, float]]:
     metric, over = one.words["metric"], one.words["over"]
     points: dict[Pair, list[tuple[float, float]]] = {}
@@ -180,11 +168,14 @@ def _fitted(one: Derived, arms: Sequence[Arm]) -> dict[Pair, dict[str, float]]:
     return {pair: fit([x for x, _ in found], [y for _, y in found]).values for pair, found in whole.items()}
 
 
-def _reach(one: Derived, arms: Sequence[Arm]) -> dict[Pair, dict[str, float]]:
+def _beside_base(
+    one: Derived, arms: Sequence[Arm], values: Callable[[Run, Run], dict[str, float]]
+) -> dict[Pair, dict[str, float]]:
     (base,) = chosen(one._replace(words={"arms": one.words["base"]}), arms)
     (arm,) = chosen(one, arms)
     bases = {run.pair(()): run for run in base.runs}
-    return {run.pair(()): _shares(run, bases[run.pair(())]) for run in arm.runs if run.pair(()) in bases}
+    found = {run.pair(()): values(run, bases[run.pair(())]) for run in arm.runs if run.pair(()) in bases}
+    return {pair: named for pair, named in found.items() if named}
 
 
 def _shares(run: Run, base: Run) -> dict[str, float]:
@@ -199,6 +190,13 @@ def _shares(run: Run, base: Run) -> dict[str, float]:
         per_step = [one.metrics[key] / last for one, last in ((run, steps[-1]), (base, base_steps[-1]))]
         shares[f"share_of_{name}"] = share * per_step[0] / per_step[1]
     return shares
+
+
+def _older(run: Run, base: Run) -> dict[str, float]:
+    newest, older = trade_curve(run)
+    base_newest, base_older = trade_curve(base)
+    place = fits.first_reaching(older, newest, base_newest[-1])
+    return {} if place is None else {"older": place, "older_of_base": base_older[-1]}
 
 
 def _between(one: Derived, arms: Sequence[Arm]) -> dict[Pair, dict[str, float]]:
@@ -232,7 +230,7 @@ def _births(one: Derived, arms: Sequence[Arm]) -> dict[Pair, dict[str, float]]:
     asked = {int(number) for number in one.words["at"].split(",")}
     found = {}
     for run in arm.runs:
-        ledger = read_ledger(_folder(run) / LEDGER)
+        ledger = read_ledger(folder_of(run) / LEDGER)
         born = {int(event["experience"]) for event in ledger if event["act"] == "grow"}
         counts = {"missed": asked - born, "false": born - asked, "births": born}
         found[run.pair(())] = {name: float(len(places)) for name, places in counts.items()}
@@ -242,10 +240,6 @@ def _births(one: Derived, arms: Sequence[Arm]) -> dict[Pair, dict[str, float]]:
 def _values(one: Derived, arms: Sequence[Arm], word: str) -> dict[Pair, float]:
     (arm,) = chosen(one._replace(words={"arms": one.words[word]}), arms)
     return arm.values(one.words["metric"])
-
-
-def _folder(run: Run) -> Path:
-    return Path(run.artifacts.removeprefix("file://"))
 
 
 def _place(run: Run, over: str, one: Derived) -> float:

@@ -1,4 +1,4 @@
-"""Curves through arms (isoFLOP curves, trends, laws), and losses over steps.
+"""Curves through arms (isoFLOP curves, trends, laws), losses over steps, old losses over new ones.
 
 Everything here takes plain numbers. Legend: P points.
 """
@@ -55,6 +55,30 @@ def learning(arms: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]
     style.plain(axes, "Loss while learning, on held-out data")
     axes.set_xlabel("optimizer steps", fontsize=9)
     axes.set_ylabel("loss (minus the score)", fontsize=9)
+    axes.grid(color=style.RULE, lw=0.5)
+    figure.legend(loc="outside lower left", ncols=3, fontsize=8.5, frameon=False)
+    return figure
+
+
+def trade(arms: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]) -> Figure:
+    """The loss on what is old over that on what is new, while the new is learned; lower left is better.
+
+    A thin line per run, a thick one for the mean of an arm's runs, its end marked.
+
+    Args:
+        arms: ``{arm: [(losses on the newest, losses on older ones) of each run]}``, as many of each run.
+    """
+    figure = style.new_figure(7.5, 4.6 + 0.2 * -(-len(arms) // 3))
+    axes = figure.add_subplot()
+    for name, (colour, dashes) in style.line_styles(arms).items():
+        for newest, older in arms[name]:
+            axes.plot(newest, older, dashes, color=colour, lw=0.6, alpha=0.35)
+        mean_2P = np.mean([run for run in arms[name] if len(run[0]) == len(arms[name][0][0])], axis=0)
+        axes.plot(*mean_2P, dashes, color=colour, lw=1.8, label=name)
+        axes.plot(*mean_2P[:, -1:], "o", color=colour, ms=5)
+    style.plain(axes, "What learning the last experience costs the older ones: dots are ends")
+    axes.set_xlabel("loss on the last experience (minus the score)", fontsize=9)
+    axes.set_ylabel("mean loss on older ones", fontsize=9)
     axes.grid(color=style.RULE, lw=0.5)
     figure.legend(loc="outside lower left", ncols=3, fontsize=8.5, frameon=False)
     return figure
