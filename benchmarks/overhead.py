@@ -91,7 +91,7 @@ def timed(folder: Path, overrides: Sequence[str], counts: bool, leaves: bool) ->
             return cpu_seconds() - start, run.cost.points()["cost/eval_seconds"]
 
 
-def main(repetitions: int = 3, *overrides: str) -> int:
+def main(repetitions: int = 5, *overrides: str) -> int:
     """Print the table; an overhead over its limit is red. Returns 1 if the default's is, else 0."""
     contenders = {
         "bare": ((*ARM, *BARE, *overrides), False, False),

@@ -193,7 +193,8 @@ def write_up(named: Named, folder: Path, page: Path) -> list[Verdict]:
     page.parent.joinpath("images").mkdir(parents=True, exist_ok=True)
     figure = Image.open(_figure(named, arms, out)).convert("RGB")
     figure.thumbnail((WIDTH, 10 * WIDTH), Image.Resampling.LANCZOS)
-    figure.quantize(256).save(page.parent / "images" / f"results_{named.name}.png", optimize=True)
+    figure = figure.quantize(256, Image.Quantize.MAXCOVERAGE)  # the default one gives two arms one colour
+    figure.save(page.parent / "images" / f"results_{named.name}.png", optimize=True)
     text = page.read_text(encoding="utf-8") if page.exists() else "# Results\n"
     page.write_text(put(text, named.name, section(named, arms, verdicts, main)), encoding="utf-8")
     return verdicts

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def families(found: Sequence[Family]) -> Figure:
-    """A small dot per run, a large one per mean at the same x, the fitted curve; x is logarithmic."""
+    """A dot per run, and the curve through the arms' means; x is logarithmic."""
     figure = style.new_figure(7.5, 4.6 + 0.2 * -(-len(found) // 3))
     axes = figure.add_subplot()
     looks = style.line_styles([one.name for one in found])
