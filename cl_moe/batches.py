@@ -109,7 +109,7 @@ def padding_mask(targets: Tensor) -> Tensor | None:
 
 def broken_inputs(inputs: Tensor) -> list[str]:
     """How many examples of a batch are not finite, and which is the first, in words; empty if none is."""
-    broken_B = ~inputs.isfinite().flatten(1).all(dim=1)
+    broken_B = ~inputs.isfinite().reshape(len(inputs), -1).all(dim=1)
     if not broken_B.any():
         return []
     count, first = int(broken_B.sum()), int(broken_B.nonzero()[0])
