@@ -46,7 +46,7 @@ from cl_moe.tracking import compare
 from cl_moe.tracking.compare.arms import Arm, by_stream
 from cl_moe.tracking.compare.claims import Claim, Verdict, judge, numbers, read_claim, sentence
 from cl_moe.tracking.compare.families import Derived, derive, family, read_derived
-from cl_moe.tracking.compare.inside import inside_curve, trade_curve
+from cl_moe.tracking.compare.inside import folder_of, inside_curve, trade_curve
 from cl_moe.tracking.compare.runs import read_runs
 from cl_moe.tracking.compare.table import head, main_metric, short
 from cl_moe.tracking.figures import save
@@ -212,7 +212,7 @@ def _figure(named: Named, arms: Sequence[Arm], out: Path) -> Path:
         curves = {arm.full or arm.name: [read(run) for run in arm.runs] for arm in real}
         return save(draw(curves), out / f"{kind}.png")
     first = next(arm.runs[0] for arm in arms if (arm.full or arm.name) == named.claims[0].arm)
-    return [*out.rglob(f"{kind}.png"), Path(first.artifacts) / f"{kind}.png"][0]
+    return [*out.rglob(f"{kind}.png"), folder_of(first) / f"{kind}.png"][0]
 
 
 def main(*names: str, jobs: int = 1) -> int:

@@ -197,9 +197,8 @@ def test_every_arm_that_a_claim_names_builds(
     monkeypatch.setattr(launch, "run_in_ranks", lambda config, *_: arms.add(config.arm) or 0.0)
     monkeypatch.setattr(launch.stored, "note_finished", lambda *_: None)
     for words in results.commands(NAMED[name], tmp_path):
-        kept = [
-            word for word in words if not re.match(r"tracking\.|distill=|.*distill_from", word)
-        ]  # nothing ran
+        # Nothing ran, so there is no teacher either.
+        kept = [word for word in words if not re.match(r"tracking\.|distill=|.*distill_from", word)]
         one = [word.split(",")[0] if word.startswith("seed.") else word for word in kept]
         done = command_in(tmp_path, *one, "tracking=none")
         assert done.status == 0, f"{shlex.join(one)}\n{done.text}"

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import NamedTuple
 
 from cl_moe.errors import InputError
@@ -109,12 +110,15 @@ def derive(one: Derived, arms: Sequence[Arm]) -> Arm:
     Raises:
         InputError: no such arm, or no pair is whole.
     """
-    inside = {"reach": _shares, "match": _older}
-    make = {"kept": _between, "ratio": _between, "change": _change, "births": _births}
-    if one.kind in inside:
-        found = _beside_base(one, arms, inside[one.kind])
-    else:
-        found = make.get(one.kind, _fitted)(one, arms)
+    make: dict[str, Callable[[Derived, Sequence[Arm]], dict[Pair, dict[str, float]]]] = {
+        "reach": partial(_beside_base, values=_shares),
+        "match": partial(_beside_base, values=_older),
+        "kept": _between,
+        "ratio": _between,
+        "change": _change,
+        "births": _births,
+    }
+    found = make.get(one.kind, _fitted)(one, arms)
     if not found:
         raise InputError(got="no seed and order that all of them have", allowed="paired runs", key=one.text)
     runs = []
