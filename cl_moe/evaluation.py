@@ -21,6 +21,7 @@ from cl_moe.metrics import Tally
 from cl_moe.metrics.answers import mean_of
 from cl_moe.metrics.functional import Choices
 from cl_moe.models.base import depth_key
+from cl_moe.models.watching import Seen
 from cl_moe.stream import Experience
 from cl_moe.tracking import diagnostics, inside
 from cl_moe.tracking.record import Record
@@ -37,6 +38,7 @@ class Evaluation(NamedTuple):
             (``kept``).
         peaks: ``{index of the expert layer: (experiences, 2)}``: see ``PeakLoads``.
         choices: of each experience's probe set, by index of the expert layer.
+        seen: of the model on the probe set of the newest experience, if that is the whole test set; else None.
         calibration: (experiences,) float64 expected calibration error; NaN for language, and where nothing
             was answered.
         rewound: (old experiences,) float64 scores with the router as it was, where that was asked for.
@@ -49,6 +51,7 @@ class Evaluation(NamedTuple):
     peaks: dict[int, Tensor]
     choices: list[dict[int, Choices]]
     calibration: Tensor
+    seen: Seen | None = None
     rewound: Tensor | None = None
     beside: Mapping[str, float] = {}
 
@@ -59,11 +62,13 @@ def evaluate(
     experiences: Sequence[Experience],
     batch_size: int,
     samples: int = 0,
+    newest: Experience | None = None,
 ) -> Evaluation:
     """Score the learner on the test data of each experience.
 
     Experiences that share a test set (parts of one that was cut) are scored once. The choices of a probe set
-    are taken from this very pass: ``samples`` examples of each test set, the same ones in every run.
+    are taken from this very pass: ``samples`` examples of each test set, the same ones in every run. So is
+    what plasticity asks for, where the ``newest`` experience's probe set is its whole test set.
     """
     if not experiences:  # a stream of which nothing has been learnt, and what comes is not known
         none = torch.empty(0, dtype=torch.float64)
@@ -71,10 +76,13 @@ def evaluate(
     distinct = {id(experience.test): experience.test for experience in experiences}
     place = {key: index for index, key in enumerate(distinct)}
     tally = Tally(len(distinct), [probe_rows(len(data), samples) for data in distinct.values()])
+    seen = Seen() if newest is not None and len(newest.test) <= samples else None
     learner.tally, learner.then = tally, []
+    learner.watched = {place[id(newest.test)]: seen} if newest is not None and seen is not None else {}
     loaders = [evaluation_loader(data, batch_size) for data in distinct.values()]
     with learner.charges.account("eval"):
         trainer.test(learner, dataloaders=loaders, verbose=False)
+    learner.watched = {}
     chosen = [place[id(experience.test)] for experience in experiences]
     loads = {index: [per_set[at] for at in chosen] for index, per_set in tally.loads.compute().items()}
     peaks, choices = tally.peaks.compute(), tally.choices.compute()
@@ -85,6 +93,7 @@ def evaluate(
         {index: sums.cpu()[chosen] for index, sums in peaks.items()},
         [choices[at] for at in chosen],
         tally.calibration_errors()[chosen],
+        seen,
     )
 
 

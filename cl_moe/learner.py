@@ -24,6 +24,7 @@ from cl_moe.metrics import Tally
 from cl_moe.metrics.answers import OnlineScore
 from cl_moe.models.base import ContinualModel
 from cl_moe.models.rewind import RouterState
+from cl_moe.models.watching import Seen, watching
 from cl_moe.optim import OptimizerSpec, OptimizerState, load_state_by_name
 from cl_moe.scoring import Scoring, add_terms
 from cl_moe.seeds import derive_seed, generator, generator_states, set_generator_states
@@ -59,11 +60,8 @@ class Learner(LeanModule):
     ) -> None:
         super().__init__()
         if model.kind != stream.kind:
-            raise InputError(
-                got=f"a model for {model.kind} on stream {stream.name}",
-                allowed=f"a model for {stream.kind}",
-                key="model (or stream)",
-            )
+            got = f"a model for {model.kind} on stream {stream.name}"
+            raise InputError(got=got, allowed=f"a model for {stream.kind}", key="model (or stream)")
         self.model, self.optimizer_spec, self.strategies = model, optimizer, dict(strategies)
         self.kind, self.seed, self.log_every = stream.kind, seed, log_every
         self.ledger: list[Event] = []
@@ -77,6 +75,7 @@ class Learner(LeanModule):
         self.trace = Trace()  # what schedule and policy want to see of training
         self.tally: Tally | None = None  # of the evaluation that is under way
         self.then: list[RouterState] = []  # of each of its test sets, if it is to be met as it was
+        self.watched: dict[int, Seen] = {}  # what is seen of the model on some of its test sets
         self._step_loads, self._balancing = StepLoads(), dict[int, ExpertLayer]()
         self._restart: dict[str, Any] | None = None  # what a restart inside an experience goes on with
         self._hooks = Hooks.of(self.strategies)
@@ -211,9 +210,10 @@ class Learner(LeanModule):
     # ---- evaluation
 
     def on_test_start(self) -> None:
-        """Columns of the classes known by now; what a pass takes is counted anew."""
+        """Columns of the classes known by now; what a pass takes is counted anew where it may be another."""
         self.place_classes()
-        self.charges.forget(self.cost_varies())
+        another = self.then or self._answerer is not None or self._classifier is not None
+        self.charges.forget(self.cost_varies(), None if another else len(self.ledger))
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Fold one batch of one experience's test data into scores and loads."""
@@ -235,10 +235,11 @@ class Learner(LeanModule):
         mask = padding_mask(targets) if self.kind == "language" else None
         inputs, targets = self.model.pose(inputs, targets, lambda: generator(0, "evaluation", batch_idx))
         varies = mask is not None or bool(self.then)
-        with self.charges.step("test", inputs, varies=varies, tokens=targets.numel()):
-            with answering(self.model, self._classifier) as answer:
-                logits, routings = self._ask(inputs, targets, mask, test_set)
-            logits = answer(logits)
+        with watching(self.model, self.watched.get(test_set), self.charges.beside):
+            with self.charges.step("test", inputs, varies=varies, tokens=targets.numel()):
+                with answering(self.model, self._classifier) as answer:
+                    logits, routings = self._ask(inputs, targets, mask, test_set)
+                logits = answer(logits)
         if not logits.isfinite().all():  # an argmax over them would be a score like any other
             place = f"after step {self.global_step}, on test set {test_set}"
             raise RunFailedError(f"output not finite in an evaluation {place}\n{_REMEDY}")
@@ -250,9 +251,8 @@ class Learner(LeanModule):
                 return self.then[test_set].logits(self.model, inputs, mask, cohorts), {}
             return self.model(inputs, mask=mask, cohorts=cohorts)
 
-        if self._answerer is None:
-            return forward(None)
-        return self._answerer.answer(forward, inputs, self.scoring.tasks(targets))
+        asker = self._answerer
+        return asker.answer(forward, inputs, self.scoring.tasks(targets)) if asker else forward(None)
 
     # ---- state
 

@@ -17,7 +17,7 @@ from cl_moe.layers.activity import Activity
 from cl_moe.learner import Learner
 from cl_moe.metrics import Tally
 from cl_moe.models.base import ContinualModel
-from cl_moe.models.watching import Seen, watched, watching
+from cl_moe.models.watching import Seen, watched
 from cl_moe.stream import Experience, take
 from cl_moe.tracking.diagnostics import numbered
 
@@ -27,27 +27,36 @@ ROWS = 512
 
 
 def observe(
-    trainer: L.Trainer, learner: Learner, experiences: Sequence[Experience], samples: int, batch_size: int
+    trainer: L.Trainer,
+    learner: Learner,
+    newest: Sequence[Experience],
+    samples: int,
+    batch_size: int,
+    seen: Seen | None = None,
 ) -> dict[str, float]:
     """The metrics ``plasticity/*`` on the probe set of the newest experience (see ``Measuring.samples``).
 
-    A pass over it, charged as diagnostics. The usual choice of data: the newest experience's (Dohare et al.
+    A pass over it, charged as diagnostics, if it was not seen yet. The usual choice of data: the newest experience's (Dohare et al.
     2024), so that the numbers of all boundaries are over equally many examples.
 
     Args:
         trainer: of the stream.
         learner: as it is now.
-        experiences: trained so far; none: nothing is measured.
+        newest: of the experiences trained so far; none: nothing is measured.
         samples: of its test examples; 0: nothing is measured.
         batch_size: examples per evaluation batch.
+        seen: of that probe set in another evaluation; None: nothing.
     """
-    if samples == 0 or not experiences:
+    if samples == 0 or not newest:
         return {}
-    data = experiences[-1].test
-    probe = take(data, probe_rows(len(data), samples))
-    learner.tally, learner.then = Tally(1), []
-    with learner.charges.account("diagnostics"), watching(learner.model) as seen:
-        trainer.test(learner, dataloaders=evaluation_loader(probe, batch_size), verbose=False)
+    if seen is None:
+        data = newest[0].test
+        probe = take(data, probe_rows(len(data), samples))
+        seen = Seen()
+        learner.tally, learner.then, learner.watched = Tally(1), [], {0: seen}
+        with learner.charges.account("diagnostics"):
+            trainer.test(learner, dataloaders=evaluation_loader(probe, batch_size), verbose=False)
+        learner.watched = {}
     return plasticity_points(seen)
 
 

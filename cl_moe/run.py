@@ -128,6 +128,11 @@ class Run:
         """Experiences trained and measured so far; -1 before the row of the untrained model."""
         return len(self.measured.rows) - 1
 
+    @property
+    def newest(self) -> tuple[Experience, ...]:
+        """The experience that was trained last; none before the first."""
+        return self.stream[: self.boundary + 1][-1:]
+
     @cached_property
     def saved_in(self) -> Path:
         """Folder of the checkpoints."""

@@ -124,9 +124,9 @@ def test_steps_beside_frozen_cohorts_are_counted_anew(run_of: Callable, monkeypa
     asked: list[tuple[str, bool]] = []
     forget = charges.Charges.forget
 
-    def noting(self: charges.Charges, varies: bool) -> None:
+    def noting(self: charges.Charges, varies: bool, model: int | None = None) -> None:
         asked.append((self._account, varies))
-        forget(self, varies)
+        forget(self, varies, model)
 
     monkeypatch.setattr(charges.Charges, "forget", noting)
     run_of(*MOE, *GROW)

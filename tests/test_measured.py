@@ -16,9 +16,11 @@ from torch import Tensor
 
 from cl_moe import launch
 from cl_moe.batches import probe_rows
+from cl_moe.evaluation import evaluate
 from cl_moe.experiment import run_experiment
 from cl_moe.learner import Learner
 from cl_moe.metrics.functional import calibration_error
+from cl_moe.plasticity import observe
 from cl_moe.run import Run
 from cl_moe.tracking.names import all_points
 
@@ -97,11 +99,12 @@ def test_calibration_is_over_the_classes_seen(scenario: str, make: Make, monkeyp
             )
 
 
-def test_plasticity_is_of_the_newest_experiences_probe_set(make: Make):
-    run = make("stream.tune_on_first=2", "eval.samples=40", "model.num_blocks=2")
+@pytest.mark.parametrize("samples", [40, 1_000_000])
+def test_plasticity_is_of_the_newest_experiences_probe_set(samples: int, make: Make):
+    run = make("stream.tune_on_first=2", f"eval.samples={samples}", "model.num_blocks=2")
     run_experiment(run)
     data = run.stream[1].test
-    x = data.tensors[0][probe_rows(len(data), 40)].flatten(1)
+    x = data.tensors[0][probe_rows(len(data), samples)].flatten(1)
     model = run.learner.model.cpu()
     with torch.no_grad():
         x = torch.relu(model.stem(x))
@@ -120,6 +123,28 @@ def test_plasticity_is_of_the_newest_experiences_probe_set(make: Make):
             expected = float((mean <= tau * mean.mean()).mean())
             assert points[f"plasticity/layer_{index:02d}/dormant_{name}"] == expected
     assert not any(key.startswith("plasticity/") for key in all_points(run.measured, 0))
+
+
+@pytest.mark.parametrize("layer", ["moe", "peer"])
+def test_where_the_probe_set_is_the_test_set_its_evaluation_is_watched(layer: str, make: Make):
+    run = make("stream.tune_on_first=2", f"layer={layer}", "eval.decomposition=never", "eval.samples=0")
+    run_experiment(run)
+    trainer, learner, charges = run.trainer, run.learner, run.learner.charges
+    spent = [dict(charges.flops)]
+    kept = evaluate(trainer, learner, run.stream[:], 37)
+    spent.append(dict(charges.flops))
+    found = evaluate(trainer, learner, run.stream[:], 37, 1_000_000, run.stream[1])
+    spent.append(dict(charges.flops))
+    assert found.seen is not None
+    assert torch.equal(found.row, kept.row), "to be watched changes nothing"
+    apart = observe(trainer, learner, run.stream[1:2], 1_000_000, 37)
+    assert observe(trainer, learner, run.stream[1:2], 1_000_000, 37, found.seen) == apart
+    spent.append(dict(charges.flops))
+    of_eval, of_units = ([one[account] for one in spent] for account in ("eval", "diagnostics"))
+    assert of_eval[2] - of_eval[1] == of_eval[1] - of_eval[0] > 0, "nor what it costs"
+    assert of_units[1] == of_units[0] < of_units[2]
+    assert of_units[3] - of_units[2] > 2 * (of_units[2] - of_units[1]), "a pass of its own, and the units"
+    assert evaluate(trainer, learner, run.stream[:], 37, 1, run.stream[1]).seen is None
 
 
 def test_joint_training_scores_its_data_where_it_learns_it(make: Make):

@@ -39,6 +39,7 @@ class Charges:
         self.varies = False  # whether the model takes more or less for tensors of the same shapes
         self._seconds: dict[str, float] = dict.fromkeys(ACCOUNTS, 0.0)
         self._known: dict[tuple[Any, ...], list[int]] = {}  # kind of step: operations, steps so far
+        self._models: dict[str, int | None] = {}  # account: the model that it knows steps of
         self._passes: dict[str, list[int]] = {}  # account: operations and tokens since it forgot
         self._account: Account = "train"
         self._since: float | None = None
@@ -119,13 +120,22 @@ class Charges:
         with self._count_into([0, 0]):
             yield
 
-    def forget(self, varies: bool) -> None:
-        """The model is another now: whatever this account does is counted anew.
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What runs inside is diagnostics, and counted."""
+        with self.account("diagnostics"), self.counting():
+            yield
+
+    def forget(self, varies: bool, model: int | None = None) -> None:
+        """The model may be another now: then whatever this account does is counted anew.
 
         Args:
             varies: whether the model takes more or less for tensors of the same shapes.
+            model: the same as in the last call where it takes the same; None: it may be any other.
         """
-        self._known = {kind: known for kind, known in self._known.items() if kind[0] != self._account}
+        if varies or model is None or self._models.get(self._account) != model:
+            self._known = {kind: known for kind, known in self._known.items() if kind[0] != self._account}
+        self._models[self._account] = model
         self._passes[self._account] = [0, 0]
         self.varies = varies
 
@@ -155,7 +165,7 @@ class Charges:
     def state_dict(self) -> dict[str, Any]:
         """Sums so far, and what steps of each kind take; seconds apart, since they are never the same."""
         state = {"flops": self.flops, "examples": self.examples, "varies": self.varies}
-        return copy.deepcopy(state | {"known": self._known, "passes": self._passes})
+        return copy.deepcopy(state | {"known": self._known, "models": self._models, "passes": self._passes})
 
     def clock(self) -> dict[str, float]:
         """Seconds by account."""
@@ -167,6 +177,7 @@ class Charges:
         state = copy.deepcopy(state)
         self.flops, self.examples, self.varies = state["flops"], state["examples"], state["varies"]
         self._known, self._passes = state["known"], state["passes"]
+        self._models = state.get("models", {})
         self._seconds = dict(clock)
 
 

@@ -7,8 +7,8 @@ Legend: B batch, S positions, D width, U hidden units of a slot.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,35 +37,64 @@ class Seen:
     representations: list[Tensor] = field(default_factory=list)
     activity: dict[int, Activity] = field(default_factory=dict)
 
-    def add(self, index: int, more: Activity | None) -> None:
-        """Units of a slot in one batch."""
+    def read_by_head(self, x: Tensor, mask: Tensor | None) -> None:
+        """The head's input in one batch, (B, D) or (B, S, D)."""
+        self.representations.append(_rows(x, mask))
+
+    def at_slot(self, index: int, module: nn.Module, given: Tensor, gave: Any) -> None:
+        """Units of a slot in one batch: from a layer's input and routing, or from what a map gave."""
+        layer = isinstance(module, ExpertLayer)
+        more = module.hidden_activity(given, gave) if layer else of_units(gave)
         if more is not None:
             known = self.activity.get(index)
             self.activity[index] = more if known is None else known.plus(more)
 
 
 @contextmanager
-def watching(model: ContinualModel) -> Iterator[Seen]:
-    """Watch a model that is used inside the block, in evaluation and with all cohorts."""
-    seen, mask = Seen(), list[Tensor | None]()
+def watching(
+    model: ContinualModel,
+    seen: Seen | None,
+    apart: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[None]:
+    """Watch a model that is used inside the block, in evaluation and with all cohorts.
+
+    Inside, hooks keep what passes by; what it comes to is computed when the block ends, so that the pass
+    itself costs what it costs unwatched.
+
+    Args:
+        model: to watch.
+        seen: takes up what is seen; None: nothing is watched.
+        apart: around what is computed at the end.
+    """
+    if seen is None:
+        yield
+        return
+    mask, passed = list[Tensor | None](), list[Callable[[], None]]()
 
     def begins(module: nn.Module, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
         mask[:] = [options.get("mask")]
 
     def head_reads(module: nn.Module, args: tuple[Tensor]) -> None:
-        seen.representations.append(_rows(args[0].detach(), mask[0] if mask else None))
+        passed.append(partial(seen.read_by_head, args[0].detach(), mask[0] if mask else None))
+
+    def slot(index: int, module: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
+        given, gave = args[0].detach(), out[1] if isinstance(module, ExpertLayer) else out.detach()
+        passed.append(partial(seen.at_slot, index, module, given, gave))
 
     with ExitStack() as stack:
         for handle in (
             model.register_forward_pre_hook(begins, with_kwargs=True),
             model.head.register_forward_pre_hook(head_reads),
             *(
-                layer.register_forward_hook(partial(_slot, seen, index))
+                layer.register_forward_hook(partial(slot, index))
                 for index, layer in watched(model).items()
             ),
         ):
             stack.callback(handle.remove)
-        yield seen
+        yield
+    with apart():
+        for take in passed:
+            take()
 
 
 def watched(model: ContinualModel) -> dict[int, nn.Module]:
@@ -78,13 +107,6 @@ def watched(model: ContinualModel) -> dict[int, nn.Module]:
         elif index in model.units_behind and not getattr(layer, "cohorts", ()):
             found[index] = model.units_behind[index]
     return found
-
-
-def _slot(seen: Seen, index: int, module: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
-    if isinstance(module, ExpertLayer):
-        seen.add(index, module.hidden_activity(args[0].detach(), out[1]))
-    else:
-        seen.add(index, of_units(out.detach()))
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -60,6 +60,19 @@ def test_what_makes_a_step_one_of_its_own(part: str):
     assert sum(charges.flops.values()) == 420 + 560
 
 
+def test_the_same_model_is_not_counted_anew():
+    charges = Charges()
+    for model, rows, known in ((1, 3, 3), (1, 4, 3), (2, 5, 5), (2, 6, 5), (None, 7, 7), (None, 8, 8), (2, 9, 9)):
+        before = charges.flops["train"]
+        charges.forget(False, model)
+        step(charges, rows)
+        assert charges.flops["train"] - before == 4 * known * 5 * 7, (model, rows)
+    charges.forget(True, 2)
+    step(charges, 2)
+    assert charges.flops_per_token("train") is None
+    assert charges.flops["train"] - before == 4 * (9 + 2) * 5 * 7, "what varies is counted anew"
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=2 * EVERY + 20))
 def test_where_steps_vary_each_counted_one_stands_for_those_up_to_the_next(rows: list[int]):
     charges, of_model = Charges(), Charges()

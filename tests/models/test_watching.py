@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cl_moe.models.watching import POSITIONS, watched, watching
+from cl_moe.models.watching import POSITIONS, Seen, watched, watching
 from cl_moe.plasticity import expected_points, plasticity_points
 
 
@@ -16,7 +16,8 @@ def test_the_heads_input_is_seen_and_nothing_changes(new_mlp, layer):
     model.head.grow([0, 1])
     x = torch.randn(7, 2, 4)
     before = model(x)[0]
-    with watching(model) as seen:
+    seen = Seen()
+    with watching(model, seen):
         during = [model(part)[0] for part in (x[:3], x[3:])]
     assert [len(rows) for rows in seen.representations] == [3, 4]
     close = torch.cat([model(part)[0] for part in (x[:3], x[3:])])
@@ -34,7 +35,8 @@ def test_the_heads_input_is_seen_and_nothing_changes(new_mlp, layer):
 def test_units_of_a_single_map_are_those_behind_it(new_mlp):
     model = new_mlp("dense", num_blocks=2).eval()
     x = torch.randn(5, 2, 4)
-    with watching(model) as seen:
+    seen = Seen()
+    with watching(model, seen):
         model(x)
     first = torch.relu(model.blocks[0].linear_in(torch.relu(model.stem(x.flatten(1)))))
     torch.testing.assert_close(seen.activity[0].mean, first.double().mean(0))
@@ -50,7 +52,8 @@ def test_which_slots_have_units(new_mlp, layer, slots):
 @torch.no_grad()
 def test_what_is_seen_has_the_keys_that_were_expected(new_mlp, layer):
     model = new_mlp(layer, num_blocks=2).eval()
-    with watching(model) as seen:
+    seen = Seen()
+    with watching(model, seen):
         model(torch.randn(5, 2, 4))
     points = plasticity_points(seen)
     assert points.keys() == expected_points(model).keys()
@@ -63,7 +66,8 @@ def test_what_is_seen_has_the_keys_that_were_expected(new_mlp, layer):
 def test_of_a_text_a_few_real_positions_are_kept(new_decoder):
     model = new_decoder("moe", slots="all", depth=0.5, num_blocks=2, ffn_hidden=8).eval()
     tokens, mask = torch.randint(11, (3, 12)), torch.arange(12) < torch.tensor([[12], [7], [1]])
-    with watching(model) as seen:
+    seen = Seen()
+    with watching(model, seen):
         model(tokens, mask=mask)
         model(tokens[:1])
     position = torch.arange(0, 12, 12 // POSITIONS)
@@ -74,6 +78,6 @@ def test_of_a_text_a_few_real_positions_are_kept(new_decoder):
 
 def test_a_broken_pass_leaves_no_hook(new_mlp):
     model = new_mlp("moe")
-    with pytest.raises(RuntimeError), watching(model):
+    with pytest.raises(RuntimeError), watching(model, Seen()):
         model(torch.randn(5, 3))
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())

@@ -56,16 +56,14 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a PNG, or an SVG if its name ends so, whole or not at all; the same figure, the same bytes."""
-    content, kind = BytesIO(), path.suffix.removeprefix(".") or "png"
-    if (
-        figure.axes and (layout := figure.get_layout_engine()) is not None
-    ):  # savefig would draw all once more for it
-        layout.execute(figure)
+    content = BytesIO()
+    if not figure.axes:  # nothing to lay out
         figure.set_layout_engine("none")
-    # an SVG has random ids and the date in it, unless it is told not to
-    about = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-    with rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(content, format=kind, metadata=about)
+    if path.suffix == ".svg":  # random ids and the date are in it, unless it is told not to
+        with rc_context({"svg.hashsalt": path.stem}):
+            figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+    else:  # savefig would draw everything once more, for layouts that need it
+        FigureCanvasAgg(figure).print_png(content, metadata={"Software": None})
     files.write_atomically(path, content.getbuffer())
     return path
 
