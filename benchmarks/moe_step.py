@@ -1,9 +1,9 @@
 """A mixture of experts beside a dense layer of equal active operations, and frozen cohorts beside live ones.
 
 Top-2, dropless, width 256, experts of hidden width 512, 4,096 tokens in 8 sequences: two experts compute a
-token, so the dense layer has hidden width 1,024. Beside it stand the same mixture as a loop over experts, and
-``mixture-of-experts`` 0.2.3 (extra ``bench``), which drops what exceeds its capacity: twice the even share
-here, the least with which two choices of every token could all be computed.
+token, so the dense layer has hidden width 1,024. Beside it stand the same mixture (the same router, with its
+losses) as a loop over experts, and ``mixture-of-experts`` 0.2.3 (extra ``bench``), which drops what exceeds
+its capacity: twice the even share here, the least with which all choices of every token could be computed.
 
 The second table holds steps (forward, backward, AdamW) of one layer of ten cohorts of eight experts each:
 all live, or all but the youngest frozen; with something that learns below, which needs the gradient of the
@@ -33,6 +33,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cl_moe.layers import DenseFFN, MoE, TopK
+from cl_moe.layers.routers import Candidates
+from cl_moe.layers.tokens import flat_tokens
 from cl_moe.memory import keep_freed
 from cl_moe.optim import AdamW
 
@@ -76,25 +78,30 @@ class Setting(NamedTuple):
 
 
 class LoopedMoE(nn.Module):
-    """The same mixture, one expert after the other."""
+    """The same mixture, its router and losses included, one expert after the other."""
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
-        self.router = nn.Linear(WIDTH, num_experts, bias=False)
+        self.router, self.key = TopK(WIDTH, CHOICES), nn.Parameter(torch.empty(num_experts, WIDTH))
+        self.router.init_keys(self.key)
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH))
             for _ in range(num_experts)
         )
+        every = torch.arange(num_experts)
+        self.register_buffer("every", every)
+        self.register_buffer("live", torch.ones_like(every, dtype=torch.bool))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and no loss."""
-        x_TD = x.reshape(-1, WIDTH)
-        logits_TK, choice_TK = self.router(x_TD).topk(CHOICES, dim=-1)
-        gate_TK, out_TD = logits_TK.softmax(dim=-1), torch.zeros_like(x_TD)
+        """The output, and the router's losses."""
+        tokens = flat_tokens(x, None)
+        routing = self.router(tokens, Candidates([self.key], self.every, self.live, len(self.experts)))
+        out_TD = torch.zeros_like(tokens.x)
         for index, expert in enumerate(self.experts):
-            token, place = (choice_TK == index).nonzero(as_tuple=True)
-            out_TD.index_add_(0, token, (expert(x_TD[token]) * gate_TK[token, place].unsqueeze(-1)).to(x))
-        return out_TD.reshape(x.shape), out_TD.new_zeros(())
+            token, place = (routing.expert == index).nonzero(as_tuple=True)
+            rows = expert(tokens.x[token]) * routing.weight[token, place].unsqueeze(-1)
+            out_TD.index_add_(0, token, rows.to(x))
+        return out_TD.reshape(x.shape), sum(routing.losses.values(), out_TD.new_zeros(()))
 
 
 class Ours(nn.Module):

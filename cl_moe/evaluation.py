@@ -38,7 +38,7 @@ class Evaluation(NamedTuple):
             (``kept``).
         peaks: ``{index of the expert layer: (experiences, 2)}``: see ``PeakLoads``.
         choices: of each experience's probe set, by index of the expert layer.
-        seen: of the model on the probe set of the newest experience, if that is the whole test set; else None.
+        seen: of the model on the newest experience's probe set, if that is the whole test set; else None.
         calibration: (experiences,) float64 expected calibration error; NaN for language, and where nothing
             was answered.
         rewound: (old experiences,) float64 scores with the router as it was, where that was asked for.

@@ -235,11 +235,11 @@ class Learner(LeanModule):
         mask = padding_mask(targets) if self.kind == "language" else None
         inputs, targets = self.model.pose(inputs, targets, lambda: generator(0, "evaluation", batch_idx))
         varies = mask is not None or bool(self.then)
-        with watching(self.model, self.watched.get(test_set), self.charges.beside):
-            with self.charges.step("test", inputs, varies=varies, tokens=targets.numel()):
-                with answering(self.model, self._classifier) as answer:
-                    logits, routings = self._ask(inputs, targets, mask, test_set)
-                logits = answer(logits)
+        step = self.charges.step("test", inputs, varies=varies, tokens=targets.numel())
+        with watching(self.model, self.watched.get(test_set), self.charges.beside), step:
+            with answering(self.model, self._classifier) as answer:
+                logits, routings = self._ask(inputs, targets, mask, test_set)
+            logits = answer(logits)
         if not logits.isfinite().all():  # an argmax over them would be a score like any other
             place = f"after step {self.global_step}, on test set {test_set}"
             raise RunFailedError(f"output not finite in an evaluation {place}\n{_REMEDY}")

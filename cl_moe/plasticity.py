@@ -36,8 +36,8 @@ def observe(
 ) -> dict[str, float]:
     """The metrics ``plasticity/*`` on the probe set of the newest experience (see ``Measuring.samples``).
 
-    A pass over it, charged as diagnostics, if it was not seen yet. The usual choice of data: the newest experience's (Dohare et al.
-    2024), so that the numbers of all boundaries are over equally many examples.
+    A pass over it, charged as diagnostics, if it was not seen yet. The usual choice of data: the newest
+    experience's (Dohare et al. 2024), so that the numbers of all boundaries are over equally many examples.
 
     Args:
         trainer: of the stream.

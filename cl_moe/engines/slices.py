@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cl_moe.layers.dense import DenseFFN
-from cl_moe.layers.experts import Cohort, SharedExperts
+from cl_moe.layers.experts import Cohort
+from cl_moe.layers.shared_experts import SharedExperts
 from cl_moe.models.attention import Attention
 
 

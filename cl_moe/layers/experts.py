@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cl_moe.layers.activity import Activity, joined, of_experts, of_units
+from cl_moe.layers.activity import Activity, joined, of_experts
 from cl_moe.layers.exchange import Exchange
-from cl_moe.layers.grouped import grouped_linear
+from cl_moe.layers.grouped import grouped_linear, grouped_relu_ffn
 from cl_moe.layers.pairs import Pairs, pair_gather, pair_sum
 from cl_moe.layers.precision import activation_by_name, in_place, matmul_dtype, no_autocast, wide
 from cl_moe.layers.reuse import Reused
@@ -70,12 +70,12 @@ class Cohort(nn.Module):
         self.activation = activation_by_name(activation)
         self.statistics_frozen = False
         self._memory = {name: Reused() for name in ("w_in", "w_up", "w_out")}
-        self.w_in = _uniform((num_experts, dim, hidden), fan_in=dim)
-        self.b_in = _uniform((num_experts, hidden), fan_in=dim) if bias else None
-        self.w_up = _uniform((num_experts, dim, hidden), fan_in=dim) if glu else None
-        self.b_up = _uniform((num_experts, hidden), fan_in=dim) if glu and bias else None
-        self.w_out = _uniform((num_experts, hidden, dim), fan_in=hidden)
-        self.b_out = _uniform((num_experts, dim), fan_in=hidden) if bias else None
+        self.w_in = uniform((num_experts, dim, hidden), fan_in=dim)
+        self.b_in = uniform((num_experts, hidden), fan_in=dim) if bias else None
+        self.w_up = uniform((num_experts, dim, hidden), fan_in=dim) if glu else None
+        self.b_up = uniform((num_experts, hidden), fan_in=dim) if glu and bias else None
+        self.w_out = uniform((num_experts, hidden, dim), fan_in=hidden)
+        self.b_out = uniform((num_experts, dim), fan_in=hidden) if bias else None
         self.key = nn.Parameter(torch.zeros(self.num_experts, dim))
         self.register_buffer("selection_bias", torch.zeros(self.num_experts) if biased else None)
 
@@ -92,9 +92,12 @@ class Cohort(nn.Module):
             x_MD: (M, D) rows, those of expert e at ``start_n1[e] : start_n1[e + 1]``.
             start_n1: (n + 1,) int64, from 0 to M.
         """
+        drops = self.dropout > 0 and self.training
+        if self.activation is nn.functional.relu and self.w_up is None and not drops:
+            return self._relu_ffn(x_MD, start_n1)
         hidden_MH = self.hidden_units(x_MD, start_n1)
-        if self.dropout > 0:
-            hidden_MH = nn.functional.dropout(hidden_MH, self.dropout, self.training)
+        if drops:
+            hidden_MH = nn.functional.dropout(hidden_MH, self.dropout)
         return _linear(hidden_MH, self.w_out, self.b_out, start_n1, self._memory["w_out"])
 
     def hidden_units(self, x_MD: Tensor, start_n1: Tensor) -> Tensor:
@@ -106,64 +109,13 @@ class Cohort(nn.Module):
             return hidden_MH
         return hidden_MH * _linear(x_MD, self.w_up, self.b_up, start_n1, self._memory["w_up"])
 
-
-class SharedExperts(nn.Module):
-    """Experts that every token passes, whatever the router says (DeepSeekMoE, 2401.06066, equation 9).
-
-    The sum of n feed-forward experts of hidden width H is one of width n H, and is computed as one. Each
-    starts as an expert of a ``Cohort`` does.
-
-    Args:
-        dim: D, width of input and output.
-        num_shared: n.
-        hidden: H.
-        activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
-        bias: whether the maps have biases.
-        dropout: of the hidden neurons while training, in [0, 1).
-        glu: whether they are gated, as in ``Cohort``.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_shared: int,
-        hidden: int,
-        activation: str,
-        bias: bool,
-        dropout: float,
-        glu: bool = False,
-    ) -> None:
-        super().__init__()
-        self.activation, self.dropout = activation_by_name(activation), dropout
-        self.w_in = _uniform((dim, num_shared * hidden), fan_in=dim)
-        self.b_in = _uniform((num_shared * hidden,), fan_in=dim) if bias else None
-        self.w_up = _uniform((dim, num_shared * hidden), fan_in=dim) if glu else None
-        self.b_up = _uniform((num_shared * hidden,), fan_in=dim) if glu and bias else None
-        self.w_out = _uniform((num_shared * hidden, dim), fan_in=hidden)
-        self.b_out = _uniform((num_shared, dim), fan_in=hidden) if bias else None
-
-    def forward(self, x_TD: Tensor, valid_T: Tensor | None = None) -> Tensor:
-        """(T, D) in the dtype of ``x_TD``; 0 on padding."""
-        hidden_TH = self.hidden_units(x_TD)
-        if self.dropout > 0:
-            hidden_TH = nn.functional.dropout(hidden_TH, self.dropout, self.training)
-        bias_D = None if self.b_out is None else self.b_out.sum(dim=0)
-        out_TD = nn.functional.linear(hidden_TH, self.w_out.t(), bias_D)
-        if valid_T is not None:
-            out_TD = out_TD.masked_fill(~valid_T.unsqueeze(-1), 0.0)
-        return out_TD.to(x_TD.dtype)
-
-    def hidden_units(self, x_TD: Tensor) -> Tensor:
-        """(T, n H): what the outer map reads, before dropout."""
-        x_TI = x_TD.to(self.w_in.dtype)
-        hidden_TH: Tensor = self.activation(nn.functional.linear(x_TI, self.w_in.t(), self.b_in))
-        if self.w_up is None:
-            return hidden_TH
-        return hidden_TH * nn.functional.linear(x_TI, self.w_up.t(), self.b_up)
-
-    def hidden_activity(self, x_TD: Tensor, valid_T: Tensor | None) -> Activity:
-        """Of all n H units, which every real token reaches."""
-        return of_units(self.hidden_units(x_TD), valid_T)
+    def _relu_ffn(self, x_MD: Tensor, start_n1: Tensor) -> Tensor:
+        """``forward`` as one operation, where nothing but a ReLU stands between the maps."""
+        dtype = matmul_dtype(self.w_in)
+        b_in, b_out = (bias if bias is None else bias.to(dtype) for bias in (self.b_in, self.b_out))
+        w_in, w_out = self.w_in.to(dtype), self.w_out.to(dtype)
+        memories = self._memory["w_in"], self._memory["w_out"]
+        return grouped_relu_ffn(x_MD.to(dtype), w_in, b_in, w_out, b_out, start_n1, memories)
 
 
 class ExpertPool(nn.ModuleList):
@@ -285,6 +237,7 @@ def _linear(x_MI: Tensor, w_nIO: Tensor, b_nO: Tensor | None, start_n1: Tensor, 
     return grouped_linear(x_MI.to(dtype), w_nIO.to(dtype), bias, start_n1, memory)
 
 
-def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
+def uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
+    """U(+-1/sqrt(fan_in)), like ``nn.Linear``."""
     bound = fan_in**-0.5
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))

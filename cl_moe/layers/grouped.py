@@ -38,6 +38,32 @@ def grouped_linear(
     return _Linear.apply(x_MI, w_nIO, b_nO, start_n1, memory)
 
 
+def grouped_relu_ffn(
+    x_MI: Tensor,
+    w_nIH: Tensor,
+    b_nH: Tensor | None,
+    w_nHO: Tensor,
+    b_nO: Tensor | None,
+    start_n1: Tensor,
+    memories: tuple[Reused, Reused],
+) -> Tensor:
+    """(M, O): two maps with a ReLU between them, the bits of two ``grouped_linear``.
+
+    As one operation it owns what stands between the maps: the ReLU is taken where biases are added, and its
+    gradient where that of the outer map stands, so that neither costs a pass through fresh memory.
+
+    Args:
+        x_MI: (M, I), rows of expert e at ``start_n1[e] : start_n1[e + 1]``.
+        w_nIH: (n, I, H), of the same dtype, as all others are.
+        b_nH: (n, H) or None.
+        w_nHO: (n, H, O).
+        b_nO: (n, O) or None.
+        start_n1: (n + 1,) int64, from 0 to M.
+        memories: where the gradients of both matrices stand, if they are large.
+    """
+    return _ReluFFN.apply(x_MI, w_nIH, b_nH, w_nHO, b_nO, start_n1, memories)
+
+
 def grouped_mm(x_MI: Tensor, w_nIO: Tensor, start_n1: Tensor) -> Tensor:
     """(M, O): every row times its expert's matrix, not yet with a derivative of its own.
 
@@ -99,32 +125,77 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         x_learns, w_learns, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x_MI if w_learns else None, w_nIO if x_learns else None, start_n1)
-        ctx.memory, num_rows = memory, x_MI.shape[0]
-        if num_rows == 0:
-            return x_MI.new_zeros(0, w_nIO.shape[2])
-        out_MO = grouped_mm(x_MI, w_nIO, start_n1)
-        if b_nO is not None:
-            expert_n = torch.arange(w_nIO.shape[0], device=x_MI.device)
-            expert_M = expert_n.repeat_interleave(start_n1.diff(), output_size=num_rows)
-            piece = _PIECE if x_MI.is_cpu else num_rows
-            for out_mO, expert_m in zip(out_MO.split(piece), expert_M.split(piece), strict=True):
-                out_mO += b_nO.index_select(0, expert_m)
-        return out_MO
+        ctx.memory = memory
+        return _map(x_MI, w_nIO, b_nO, start_n1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x_MI, w_nIO, start_n1 = ctx.saved_tensors
-        grad_MO, grad_x, grad_w, grad_b = grad_MO.contiguous(), None, None, None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_MO.new_zeros(0, w_nIO.shape[1])
-            if grad_MO.shape[0]:
-                grad_x = grouped_mm(grad_MO, w_nIO.transpose(1, 2), start_n1)
-        if ctx.needs_input_grad[1]:
-            grad_w = grouped_outer(x_MI, grad_MO, start_n1, ctx.memory)
-        if ctx.needs_input_grad[2]:
-            grad_b = _sum_of_rows(grad_MO, start_n1)
+        x_learns, w_learns, b_learns, *_ = ctx.needs_input_grad
+        grad_MO = grad_MO.contiguous()
+        grad_x = _map(grad_MO, w_nIO.transpose(1, 2), None, start_n1) if x_learns else None
+        grad_w = grouped_outer(x_MI, grad_MO, start_n1, ctx.memory) if w_learns else None
+        grad_b = _sum_of_rows(grad_MO, start_n1) if b_learns else None
         return grad_x, grad_w, grad_b, None, None
+
+
+class _ReluFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_MI: Tensor,
+        w_nIH: Tensor,
+        b_nH: Tensor | None,
+        w_nHO: Tensor,
+        b_nO: Tensor | None,
+        start_n1: Tensor,
+        memories: tuple[Reused, Reused],
+    ) -> Tensor:
+        x_learns, w_learns, b_learns, outer_learns, *_ = ctx.needs_input_grad
+        ctx.memories, below = memories, x_learns or w_learns or b_learns
+        hidden_MH = _map(x_MI, w_nIH, b_nH, start_n1, relu=True)
+        ctx.save_for_backward(
+            x_MI if w_learns else None,
+            w_nIH if x_learns else None,
+            hidden_MH if below or outer_learns else None,
+            w_nHO if below else None,
+            start_n1,
+        )
+        return _map(hidden_MH, w_nHO, b_nO, start_n1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor | None, ...]:
+        x_MI, w_nIH, hidden_MH, w_nHO, start_n1 = ctx.saved_tensors
+        x_learns, w_learns, b_learns, outer_learns, outer_b_learns, *_ = ctx.needs_input_grad
+        grad_MO, grad_x, grad_w, grad_b = grad_MO.contiguous(), None, None, None
+        grad_outer = grouped_outer(hidden_MH, grad_MO, start_n1, ctx.memories[1]) if outer_learns else None
+        grad_outer_b = _sum_of_rows(grad_MO, start_n1) if outer_b_learns else None
+        if w_nHO is not None:
+            grad_MH = _map(grad_MO, w_nHO.transpose(1, 2), None, start_n1)
+            torch.ops.aten.threshold_backward.grad_input(grad_MH, hidden_MH, 0, grad_input=grad_MH)
+            grad_x = _map(grad_MH, w_nIH.transpose(1, 2), None, start_n1) if x_learns else None
+            grad_w = grouped_outer(x_MI, grad_MH, start_n1, ctx.memories[0]) if w_learns else None
+            grad_b = _sum_of_rows(grad_MH, start_n1) if b_learns else None
+        return grad_x, grad_w, grad_b, grad_outer, grad_outer_b, None, None
+
+
+def _map(x_MI: Tensor, w_nIO: Tensor, b_nO: Tensor | None, start_n1: Tensor, relu: bool = False) -> Tensor:
+    """(M, O): every row times its expert's matrix, plus its bias, then 0 for what is negative, if asked."""
+    if x_MI.shape[0] == 0:
+        return x_MI.new_zeros(0, w_nIO.shape[2])
+    out_MO = grouped_mm(x_MI, w_nIO, start_n1)
+    if b_nO is None:
+        return out_MO.relu_() if relu else out_MO
+    expert_n = torch.arange(w_nIO.shape[0], device=x_MI.device)
+    expert_M = expert_n.repeat_interleave(start_n1.diff(), output_size=x_MI.shape[0])
+    piece = _PIECE if x_MI.is_cpu else x_MI.shape[0]
+    for out_mO, expert_m in zip(out_MO.split(piece), expert_M.split(piece), strict=True):
+        out_mO += b_nO.index_select(0, expert_m)
+        if relu:
+            out_mO.relu_()
+    return out_MO
 
 
 def _sum_of_rows(grad_MO: Tensor, start_n1: Tensor) -> Tensor:

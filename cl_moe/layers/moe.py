@@ -14,10 +14,11 @@ from cl_moe.errors import InputError
 from cl_moe.layers.activity import Activity, joined
 from cl_moe.layers.checks import whole
 from cl_moe.layers.expert_layer import ExpertLayer, most_used, noisy_copy
-from cl_moe.layers.experts import Cohort, ExpertPool, SharedExperts
+from cl_moe.layers.experts import Cohort, ExpertPool
 from cl_moe.layers.recycling import recycle
 from cl_moe.layers.routers import Candidates, Router, TopK
 from cl_moe.layers.routing import Routing
+from cl_moe.layers.shared_experts import SharedExperts
 from cl_moe.layers.tokens import flat_tokens
 
 

@@ -43,8 +43,8 @@ class Seen:
 
     def at_slot(self, index: int, module: nn.Module, given: Tensor, gave: Any) -> None:
         """Units of a slot in one batch: from a layer's input and routing, or from what a map gave."""
-        layer = isinstance(module, ExpertLayer)
-        more = module.hidden_activity(given, gave) if layer else of_units(gave)
+        of_layer = module.hidden_activity if isinstance(module, ExpertLayer) else None
+        more = of_units(gave) if of_layer is None else of_layer(given, gave)
         if more is not None:
             known = self.activity.get(index)
             self.activity[index] = more if known is None else known.plus(more)
@@ -85,10 +85,7 @@ def watching(
         for handle in (
             model.register_forward_pre_hook(begins, with_kwargs=True),
             model.head.register_forward_pre_hook(head_reads),
-            *(
-                layer.register_forward_hook(partial(slot, index))
-                for index, layer in watched(model).items()
-            ),
+            *(layer.register_forward_hook(partial(slot, index)) for index, layer in watched(model).items()),
         ):
             stack.callback(handle.remove)
         yield

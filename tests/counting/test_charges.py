@@ -62,7 +62,15 @@ def test_what_makes_a_step_one_of_its_own(part: str):
 
 def test_the_same_model_is_not_counted_anew():
     charges = Charges()
-    for model, rows, known in ((1, 3, 3), (1, 4, 3), (2, 5, 5), (2, 6, 5), (None, 7, 7), (None, 8, 8), (2, 9, 9)):
+    for model, rows, known in (
+        (1, 3, 3),
+        (1, 4, 3),
+        (2, 5, 5),
+        (2, 6, 5),
+        (None, 7, 7),
+        (None, 8, 8),
+        (2, 9, 9),
+    ):
         before = charges.flops["train"]
         charges.forget(False, model)
         step(charges, rows)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from cl_moe.layers import MoE, TopK, grouped
-from cl_moe.layers.grouped import grouped_linear, opaque_grouped_mm
+from cl_moe.layers.grouped import grouped_linear, grouped_relu_ffn, opaque_grouped_mm
+from cl_moe.layers.reuse import Reused
 
 COUNTS = ([3, 0, 5], [0, 0, 8], [0, 0, 0], [1, 1, 1])
 
@@ -45,6 +46,31 @@ def test_a_linear_map_of_groups_equals_a_loop_over_rows(counts, dtype, bias, num
     oracle = torch.autograd.grad(expected.square().sum(), learns, allow_unused=True)
     for a, o in zip(grads, oracle, strict=True):
         torch.testing.assert_close(a, torch.zeros_like(a) if o is None else o)
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("learns", ["all", "x", "w_in", "b_in", "w_out", "b_out"])
+def test_two_maps_and_a_relu_as_one_operation_have_the_bits_of_two(counts, bias, learns):
+    torch.manual_seed(0)
+    start = starts(counts)
+    made = {"x": (sum(counts), 8), "w_in": (3, 8, 12), "b_in": (3, 12), "w_out": (3, 12, 4), "b_out": (3, 4)}
+    named = {n: None if n[0] == "b" and not bias else torch.randn(size) for n, size in made.items()}
+    learning = [named[n] for n in made if named[n] is not None and learns in ("all", n)]
+    for tensor in learning:
+        tensor.requires_grad_()
+    x, w_in, b_in, w_out, b_out = named.values()
+    one = grouped_relu_ffn(x, w_in, b_in, w_out, b_out, start, (Reused(), Reused()))
+    two = grouped_linear(torch.relu(grouped_linear(x, w_in, b_in, start)), w_out, b_out, start)
+    assert torch.equal(one, two)
+    kept = {k.data_ptr() for k in getattr(one.grad_fn, "saved_tensors", ()) if k is not None and k.numel()}
+    weight = torch.randn_like(one)
+    if learning:
+        grads = [torch.autograd.grad((out * weight).sum(), learning) for out in (one, two)]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert (x.data_ptr() in kept) == (learns in ("all", "w_in") and len(x) > 0)
+    assert (w_in.data_ptr() in kept) == (learns in ("all", "x"))
+    assert (w_out.data_ptr() in kept) == (learns in ("all", "x", "w_in") or (bias and learns == "b_in"))
 
 
 @pytest.mark.parametrize("learns", ["x", "w", "b"])
