@@ -178,7 +178,8 @@ def check_alike(module: nn.Module, when: str) -> None:
 
 def _bits(value: Tensor) -> int:
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-    return int(value.contiguous().view(words).sum(dtype=torch.int64))
+    parts = value.contiguous().view(words).flatten().split(2**20)  # a sum in int64 makes a copy first
+    return sum(int(part.sum(dtype=torch.int64)) for part in parts) % 2**63
 
 
 class Part(NamedTuple):

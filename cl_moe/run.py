@@ -104,8 +104,11 @@ class Run:
         if self.spec.engine is not None and self.spec.num_ranks > 1:
             rows, flops = self.learner.optimizer_spec.rows, self.budget.bounds["flops"]
             self.spec.engine.check(self.learner.model, self.learner.strategies, rows, self.stream.open, flops)
-        keep_freed()
         self.trainer: L.Trainer = self.spec.build()
+        if (
+            not agreement.in_pieces()
+        ):  # who takes a model to pieces wants room, and frees what no step asks for
+            keep_freed()
         self.spending = Spending(self.learner, self.budget, self.trainer)
         self.spending.check_start(experiences, self.growth, self.spec)
         self.measured = Record(self.stream.kind, [experience.name for experience in self.stream])

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from cl_moe.engines.pieces import InPieces, Named, Together
 from cl_moe.memory import optimizer_bytes
 from cl_moe.optim import OptimizerState
 
-_BUCKET = 200_000_000
+_BUCKET = 2**23  # numbers
 
 
 class ZeroStrategy(DeepSpeedStrategy, InPieces):
@@ -117,7 +117,7 @@ class ZeroStrategy(DeepSpeedStrategy, InPieces):
         return cast(torch.optim.Optimizer, optimizer)
 
     def _config(self, learner: Any) -> dict[str, Any]:
-        # a buffer of so many numbers is there from the start: DeepSpeed's 500 million suit large models
+        # buffers of so many numbers are there from the start: DeepSpeed's 500 million are 2 GB each
         learning = sum(p.numel() for p in learner.model.parameters() if p.requires_grad)
         bucket = min(learning + learning % 2, _BUCKET)  # stages 1 and 2 take even numbers only
         buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
@@ -146,10 +146,10 @@ class ZeroStrategy(DeepSpeedStrategy, InPieces):
     def weights(self) -> dict[str, Tensor]:
         """As the base class says."""
         model = cast(Any, self.lightning_module).model
-        state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        for name, parameter in model.named_parameters():
-            with self._fetched(parameter):
-                state[name] = parameter.detach().clone()
+        parameters, state = dict(model.named_parameters()), dict[str, Tensor]()
+        for name, value in model.state_dict().items():
+            with self._fetched(parameters[name]) if name in parameters else nullcontext():
+                state[name] = parameters.get(name, value).detach().clone()
         return state
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
@@ -157,9 +157,11 @@ class ZeroStrategy(DeepSpeedStrategy, InPieces):
 
     def gather(self) -> None:
         """As the base class says; DeepSpeed lets go of the model."""
+        if self.engine is not None:  # first, since the whole weights need its room
+            self.remembered = agreement.num_ranks() * optimizer_bytes(self.optimizers)
+            self.engine.optimizer.state.clear()
         super().gather()
         if self.engine is not None:
-            self.remembered = agreement.num_ranks() * optimizer_bytes(self.optimizers)
             self.engine.destroy()
             self.engine, self.optimizers = None, []
 
