@@ -75,15 +75,19 @@ class PeakMemory:
         return max(_resident("VmHWM") - _of_files() - self._base, 0)
 
 
-def keep_freed() -> None:
+def keep_freed(whole: bool = True) -> None:
     """Let a process keep what a training step frees, for the next one: a fresh page costs more than its use.
 
     Else C's allocator asks the system for each block of 32 MiB and more anew, and gives back what is free at
     its end. Blocks of 256 MiB and more are still asked for, and half a GiB at most is kept at the end. Linux
     (glibc) alone, from 2.35 on (before it blocks from 32 MiB on are still asked for); where its environment
     variables say something else, they hold.
+
+    Args:
+        whole: whether the model is. Who takes it to pieces does so for want of memory, and pieces come and go
+            in sizes that seldom fit again: nothing is kept then.
     """
-    if any(name in os.environ for name in _TUNED):
+    if not whole or any(name in os.environ for name in _TUNED):
         return
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)

@@ -105,10 +105,7 @@ class Run:
             rows, flops = self.learner.optimizer_spec.rows, self.budget.bounds["flops"]
             self.spec.engine.check(self.learner.model, self.learner.strategies, rows, self.stream.open, flops)
         self.trainer: L.Trainer = self.spec.build()
-        if (
-            not agreement.in_pieces()
-        ):  # who takes a model to pieces wants room, and frees what no step asks for
-            keep_freed()
+        keep_freed(whole=not agreement.in_pieces())
         self.spending = Spending(self.learner, self.budget, self.trainer)
         self.spending.check_start(experiences, self.growth, self.spec)
         self.measured = Record(self.stream.kind, [experience.name for experience in self.stream])

@@ -126,6 +126,8 @@ def test_an_allocator_that_refuses_large_thresholds_keeps_what_is_freed_all_the_
     for name in memory._TUNED:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    memory.keep_freed(whole=False)
+    assert not taken
     memory.keep_freed()
     assert taken[memory._MMAP_THRESHOLD] == min(most, 2**28)
     assert taken[memory._TRIM_THRESHOLD] == 2**29
