@@ -52,7 +52,7 @@ def fit(run: Run, experience: Experience) -> None:
 def measure(run: Run) -> None:
     """Measure a row of the accuracy matrix on every experience's test data, and why old ones fell."""
     both, size, samples = (run.trainer, run.learner), run.spec.eval_batch_size, run.measuring.samples
-    found = evaluate(*both, run.stream.measured(run.boundary + 1), size, samples, *run.newest)
+    found = evaluate(*both, run.stream.measured(run.boundary + 1), size, samples, run.newest)
     if run.measuring.decomposes(run.boundary + 1, run.stream.end(run.boundary + 1)):
         found = found._replace(rewound=rewind(*both, run.stream[: run.boundary], size, run.past, found.row))
     beside = observe(*both, run.newest, samples, size, found.seen)

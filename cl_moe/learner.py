@@ -252,7 +252,7 @@ class Learner(LeanModule):
             return self.model(inputs, mask=mask, cohorts=cohorts)
 
         asker = self._answerer
-        return asker.answer(forward, inputs, self.scoring.tasks(targets)) if asker else forward(None)
+        return forward(None) if asker is None else asker.answer(forward, inputs, self.scoring.tasks(targets))
 
     # ---- state
 

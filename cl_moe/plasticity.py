@@ -5,8 +5,6 @@ Legend: D width of a representation, U hidden units of a slot.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import lightning as L  # noqa: N812
 import torch
 from torch import Tensor
@@ -29,7 +27,7 @@ ROWS = 512
 def observe(
     trainer: L.Trainer,
     learner: Learner,
-    newest: Sequence[Experience],
+    newest: Experience | None,
     samples: int,
     batch_size: int,
     seen: Seen | None = None,
@@ -42,17 +40,15 @@ def observe(
     Args:
         trainer: of the stream.
         learner: as it is now.
-        newest: of the experiences trained so far; none: nothing is measured.
+        newest: of the experiences trained so far; None: nothing is measured.
         samples: of its test examples; 0: nothing is measured.
         batch_size: examples per evaluation batch.
         seen: of that probe set in another evaluation; None: nothing.
     """
-    if samples == 0 or not newest:
+    if samples == 0 or newest is None:
         return {}
     if seen is None:
-        data = newest[0].test
-        probe = take(data, probe_rows(len(data), samples))
-        seen = Seen()
+        probe, seen = take(newest.test, probe_rows(len(newest.test), samples)), Seen()
         learner.tally, learner.then, learner.watched = Tally(1), [], {0: seen}
         with learner.charges.account("diagnostics"):
             trainer.test(learner, dataloaders=evaluation_loader(probe, batch_size), verbose=False)

@@ -129,9 +129,9 @@ class Run:
         return len(self.measured.rows) - 1
 
     @property
-    def newest(self) -> tuple[Experience, ...]:
-        """The experience that was trained last; none before the first."""
-        return self.stream[: self.boundary + 1][-1:]
+    def newest(self) -> Experience | None:
+        """The experience that was trained last; None before the first."""
+        return self.stream[self.boundary] if self.boundary >= 0 else None
 
     @cached_property
     def saved_in(self) -> Path:

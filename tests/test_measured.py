@@ -137,8 +137,8 @@ def test_where_the_probe_set_is_the_test_set_its_evaluation_is_watched(layer: st
     spent.append(dict(charges.flops))
     assert found.seen is not None
     assert torch.equal(found.row, kept.row), "to be watched changes nothing"
-    apart = observe(trainer, learner, run.stream[1:2], 1_000_000, 37)
-    assert observe(trainer, learner, run.stream[1:2], 1_000_000, 37, found.seen) == apart
+    apart = observe(trainer, learner, run.stream[1], 1_000_000, 37)
+    assert observe(trainer, learner, run.stream[1], 1_000_000, 37, found.seen) == apart
     spent.append(dict(charges.flops))
     of_eval, of_units = ([one[account] for one in spent] for account in ("eval", "diagnostics"))
     assert of_eval[2] - of_eval[1] == of_eval[1] - of_eval[0] > 0, "nor what it costs"

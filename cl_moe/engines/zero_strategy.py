@@ -157,13 +157,13 @@ class ZeroStrategy(DeepSpeedStrategy, InPieces):
 
     def gather(self) -> None:
         """As the base class says; DeepSpeed lets go of the model."""
-        if self.engine is not None:  # first, since the whole weights need its room
-            self.remembered = agreement.num_ranks() * optimizer_bytes(self.optimizers)
-            self.engine.optimizer.state.clear()
+        if self.engine is None:
+            return
+        self.remembered = agreement.num_ranks() * optimizer_bytes(self.optimizers)
+        self.engine.optimizer.state.clear()  # first, since the whole weights need its room
         super().gather()
-        if self.engine is not None:
-            self.engine.destroy()
-            self.engine, self.optimizers = None, []
+        self.engine.destroy()
+        self.engine, self.optimizers = None, []
 
     def memory(self, parameters: Named) -> OptimizerState:
         """As the base class says."""

@@ -132,12 +132,8 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x_MI, w_nIO, start_n1 = ctx.saved_tensors
-        x_learns, w_learns, b_learns, *_ = ctx.needs_input_grad
-        grad_MO = grad_MO.contiguous()
-        grad_x = _map(grad_MO, w_nIO.transpose(1, 2), None, start_n1) if x_learns else None
-        grad_w = grouped_outer(x_MI, grad_MO, start_n1, ctx.memory) if w_learns else None
-        grad_b = _sum_of_rows(grad_MO, start_n1) if b_learns else None
-        return grad_x, grad_w, grad_b, None, None
+        learns = ctx.needs_input_grad[:3]
+        return *_gradients(grad_MO.contiguous(), x_MI, w_nIO, start_n1, learns, ctx.memory), None, None
 
 
 class _ReluFFN(torch.autograd.Function):
@@ -168,17 +164,13 @@ class _ReluFFN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor | None, ...]:
         x_MI, w_nIH, hidden_MH, w_nHO, start_n1 = ctx.saved_tensors
-        x_learns, w_learns, b_learns, outer_learns, outer_b_learns, *_ = ctx.needs_input_grad
-        grad_MO, grad_x, grad_w, grad_b = grad_MO.contiguous(), None, None, None
-        grad_outer = grouped_outer(hidden_MH, grad_MO, start_n1, ctx.memories[1]) if outer_learns else None
-        grad_outer_b = _sum_of_rows(grad_MO, start_n1) if outer_b_learns else None
-        if w_nHO is not None:
-            grad_MH = _map(grad_MO, w_nHO.transpose(1, 2), None, start_n1)
-            torch.ops.aten.threshold_backward.grad_input(grad_MH, hidden_MH, 0, grad_input=grad_MH)
-            grad_x = _map(grad_MH, w_nIH.transpose(1, 2), None, start_n1) if x_learns else None
-            grad_w = grouped_outer(x_MI, grad_MH, start_n1, ctx.memories[0]) if w_learns else None
-            grad_b = _sum_of_rows(grad_MH, start_n1) if b_learns else None
-        return grad_x, grad_w, grad_b, grad_outer, grad_outer_b, None, None
+        inner, outer = ctx.needs_input_grad[:3], (w_nHO is not None, *ctx.needs_input_grad[3:5])
+        grad_MO, (memory_in, memory_out) = grad_MO.contiguous(), ctx.memories
+        grad_MH, *of_outer = _gradients(grad_MO, hidden_MH, w_nHO, start_n1, outer, memory_out)
+        if grad_MH is None:
+            return None, None, None, *of_outer, None, None
+        torch.ops.aten.threshold_backward.grad_input(grad_MH, hidden_MH, 0, grad_input=grad_MH)
+        return *_gradients(grad_MH, x_MI, w_nIH, start_n1, inner, memory_in), *of_outer, None, None
 
 
 def _map(x_MI: Tensor, w_nIO: Tensor, b_nO: Tensor | None, start_n1: Tensor, relu: bool = False) -> Tensor:
@@ -196,6 +188,22 @@ def _map(x_MI: Tensor, w_nIO: Tensor, b_nO: Tensor | None, start_n1: Tensor, rel
         if relu:
             out_mO.relu_()
     return out_MO
+
+
+def _gradients(
+    grad_MO: Tensor,
+    x_MI: Tensor,
+    w_nIO: Tensor,
+    start_n1: Tensor,
+    learns: tuple[bool, bool, bool],
+    memory: Reused | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of a map's rows, matrices and biases, each where it learns."""
+    return (
+        _map(grad_MO, w_nIO.transpose(1, 2), None, start_n1) if learns[0] else None,
+        grouped_outer(x_MI, grad_MO, start_n1, memory) if learns[1] else None,
+        _sum_of_rows(grad_MO, start_n1) if learns[2] else None,
+    )
 
 
 def _sum_of_rows(grad_MO: Tensor, start_n1: Tensor) -> Tensor:

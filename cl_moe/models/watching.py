@@ -37,14 +37,8 @@ class Seen:
     representations: list[Tensor] = field(default_factory=list)
     activity: dict[int, Activity] = field(default_factory=dict)
 
-    def read_by_head(self, x: Tensor, mask: Tensor | None) -> None:
-        """The head's input in one batch, (B, D) or (B, S, D)."""
-        self.representations.append(_rows(x, mask))
-
-    def at_slot(self, index: int, module: nn.Module, given: Tensor, gave: Any) -> None:
-        """Units of a slot in one batch: from a layer's input and routing, or from what a map gave."""
-        of_layer = module.hidden_activity if isinstance(module, ExpertLayer) else None
-        more = of_units(gave) if of_layer is None else of_layer(given, gave)
+    def add(self, index: int, more: Activity | None) -> None:
+        """Units of a slot in one batch."""
         if more is not None:
             known = self.activity.get(index)
             self.activity[index] = more if known is None else known.plus(more)
@@ -75,11 +69,10 @@ def watching(
         mask[:] = [options.get("mask")]
 
     def head_reads(module: nn.Module, args: tuple[Tensor]) -> None:
-        passed.append(partial(seen.read_by_head, args[0].detach(), mask[0] if mask else None))
+        passed.append(partial(_head, seen, args[0], mask[0] if mask else None))
 
-    def slot(index: int, module: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
-        given, gave = args[0].detach(), out[1] if isinstance(module, ExpertLayer) else out.detach()
-        passed.append(partial(seen.at_slot, index, module, given, gave))
+    def slot(index: int, *passing: Any) -> None:
+        passed.append(partial(_slot, seen, index, *passing))
 
     with ExitStack() as stack:
         for handle in (
@@ -104,6 +97,17 @@ def watched(model: ContinualModel) -> dict[int, nn.Module]:
         elif index in model.units_behind and not getattr(layer, "cohorts", ()):
             found[index] = model.units_behind[index]
     return found
+
+
+def _head(seen: Seen, x: Tensor, mask: Tensor | None) -> None:
+    seen.representations.append(_rows(x.detach(), mask))
+
+
+def _slot(seen: Seen, index: int, module: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
+    if isinstance(module, ExpertLayer):
+        seen.add(index, module.hidden_activity(args[0].detach(), out[1]))
+    else:
+        seen.add(index, of_units(out.detach()))
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
