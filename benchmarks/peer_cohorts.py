@@ -4,7 +4,7 @@ PEER as in ``peer_step.py``. First, ten cohorts of one size, all live or nine of
 that learns; a step is forward, backward and optimizer. Then a pool that grows by a tenth: seconds, and memory
 beside what the old pool holds. Each number comes from a process of its own; contenders are interleaved.
 
-    python benchmarks/peer_cohorts.py [--sizes 128 512 1024] [--repetitions 3] [--steps 5] [--grown 1024]
+    python benchmarks/peer_cohorts.py [--sizes 128 512 1024] [--repetitions 5] [--steps 5] [--grown 1024]
         [--threads 2] [--clock wall|cpu]
 """
 
@@ -118,7 +118,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 512, 1024])
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--grown", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)

@@ -51,6 +51,11 @@ class Budget:
             raise InputError(got=f"on_exceed={on_exceed!r}", allowed="refuse or cut", key="budget.on_exceed")
         self.on_exceed = on_exceed
 
+    @property
+    def bounded(self) -> bool:
+        """Whether anything may be too much."""
+        return any(bound is not None for bound in self.bounds.values())
+
 
 class Spending(L.Callback):
     """Holds a run's spending against its budget, between two optimizer steps and before each experience.
@@ -65,7 +70,8 @@ class Spending(L.Callback):
 
     def __init__(self, learner: Learner, budget: Budget, trainer: L.Trainer) -> None:
         self.learner, self.budget, self.trainer = learner, budget, trainer
-        trainer.callbacks.append(self)  # type: ignore[attr-defined]
+        if budget.bounded:  # Lightning asks a callback seven times a step
+            trainer.callbacks.append(self)  # type: ignore[attr-defined]
 
     def check_start(self, training: Stream, growth: GrowthSchedule, spec: TrainerSpec) -> None:
         """Refuse what is sure to be too much: weights, planned births included; forward passes alone.
@@ -127,6 +133,8 @@ class Spending(L.Callback):
         Raises:
             RunFailedError: it is spent, and the budget refuses.
         """
+        if not self.budget.bounded:
+            return
         for name, bound in self.budget.bounds.items():
             if bound is None or self.cut or (spent := self._spent(name)) < bound:
                 continue

@@ -57,9 +57,10 @@ def search_grids(scores: KeyScores, firsts: Sequence[int], k: int) -> Found:
         grid_C = torch.arange(len(widths), device=first_C.device)
         grid_M = grid_C.repeat_interleave(width_C, output_size=num)  # to look up is quicker than to search
         at_SQW = _rows_and_columns(score_SQM, widths, width)
-        grid_SQW = [grid_M[at_QW] for at_QW in at_SQW]
+        grid_SQW = [grid_M.take(at_QW) for at_QW in at_SQW]
         score_QWW = _crossed([score.gather(1, at) for score, at in zip(score_SQM, at_SQW, strict=True)])
-        score_QWW = score_QWW.masked_fill(grid_SQW[0].unsqueeze(2) != grid_SQW[1].unsqueeze(1), -torch.inf)
+        one_QWW = grid_SQW[0].unsqueeze(2) == grid_SQW[1].unsqueeze(1)
+        score_QWW = torch.where(one_QWW, score_QWW, -torch.inf)
 
         def rank() -> Tensor:
             return _ranks(at_SQW, grid_SQW, start_C, first_C)
