@@ -56,7 +56,7 @@ def _is_quick(score_RN: Tensor) -> bool:
 def _of_all(score_RN: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """(R, num) ordered bits of the best, best first, and where they stand; equals in any order."""
     best_RB, at_RB = score_RN.view(torch.int32).topk(num, dim=1)  # of integers it is quicker than of floats
-    # Bits of positive floats stand in order as they are, above all others: seldom is anything left to reorder.
+    # Bits of positive floats stand in order as they are, above all others: seldom is one left to reorder.
     low_R = (best_RB[:, -1:] <= 0).any(dim=1)
     if bool(low_R.any()):
         best_RB[low_R], at_RB[low_R] = _ordered_bits(score_RN[low_R]).topk(num, dim=1)
