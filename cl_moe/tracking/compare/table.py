@@ -22,6 +22,7 @@ from cl_moe.tracking.compare.variance import Components, components, worst_order
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from cl_moe.stream import Kind
     from cl_moe.tracking.compare.match import Matched
 
 _SCORES = ("stream/forgetting", "stream/backward_transfer", "stream/forward_transfer")
@@ -84,12 +85,17 @@ class Comparison(NamedTuple):
 
 def main_metric(arms: Sequence[Arm]) -> str:
     """Average accuracy, or average loss where that is what the runs measured."""
-    return LOSS if is_language(arms) else ACCURACY
+    from cl_moe.stream import is_loss
+
+    return LOSS if is_loss(kind_of(arms)) else ACCURACY
 
 
-def is_language(arms: Sequence[Arm]) -> bool:
-    """Whether the runs are of language models, which have losses and no accuracies."""
-    return any(LOSS in run.metrics for arm in arms for run in arm.runs)
+def kind_of(arms: Sequence[Arm]) -> Kind:
+    """The kind of the arms' stream: as the runs say; of runs that do not say, by what they measured."""
+    runs = [run for arm in arms for run in arm.runs]
+    if any(run.about.get("kind") == "regression" for run in runs):
+        return "regression"
+    return "language" if any(LOSS in run.metrics for run in runs) else "classification"
 
 
 def compare_arms(
