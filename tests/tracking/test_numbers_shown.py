@@ -15,7 +15,8 @@ from cl_moe.growth import EveryExperience
 from cl_moe.measuring import Measuring
 from cl_moe.stream import Stream
 from cl_moe.tracking import figures, overview
-from cl_moe.tracking.compare.table import kind_of, main_metric
+from cl_moe.tracking.compare.arms import kind_of
+from cl_moe.tracking.compare.table import main_metric
 from cl_moe.tracking.compare.whole import compare
 from cl_moe.tracking.figures import style
 from cl_moe.tracking.figures.gap import stability_gap

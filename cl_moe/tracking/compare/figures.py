@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cl_moe.tracking.compare.arms import Arm
+from cl_moe.tracking.compare.arms import Arm, kind_of
 from cl_moe.tracking.compare.left import Left
-from cl_moe.tracking.compare.table import kind_of
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from cl_moe.tracking.compare.arms import Arm
+from cl_moe.tracking.compare.arms import Arm, kind_of
 from cl_moe.tracking.compare.runs import ACCURACY, LOSS, lower_is_better
 from cl_moe.tracking.compare.statistics import (
     FEW_PAIRS,
@@ -22,7 +22,6 @@ from cl_moe.tracking.compare.variance import Components, components, worst_order
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cl_moe.stream import Kind
     from cl_moe.tracking.compare.match import Matched
 
 _SCORES = ("stream/forgetting", "stream/backward_transfer", "stream/forward_transfer")
@@ -88,14 +87,6 @@ def main_metric(arms: Sequence[Arm]) -> str:
     from cl_moe.stream import is_loss
 
     return LOSS if is_loss(kind_of(arms)) else ACCURACY
-
-
-def kind_of(arms: Sequence[Arm]) -> Kind:
-    """The kind of the arms' stream: as the runs say; of runs that do not say, by what they measured."""
-    runs = [run for arm in arms for run in arm.runs]
-    if any(run.about.get("kind") == "regression" for run in runs):
-        return "regression"
-    return "language" if any(LOSS in run.metrics for run in runs) else "classification"
 
 
 def compare_arms(

@@ -117,10 +117,10 @@ def _view(
 ) -> View:
     """One stream: its table, its artifacts, and what to know about them."""
     from cl_moe.stream import is_loss
-    from cl_moe.tracking.compare.arms import choose_baseline, notes_on, without_common_words
+    from cl_moe.tracking.compare.arms import choose_baseline, kind_of, notes_on, without_common_words
     from cl_moe.tracking.compare.left import read_left
     from cl_moe.tracking.compare.match import match_arms, read_curves, without_curve
-    from cl_moe.tracking.compare.table import compare_arms, kind_of
+    from cl_moe.tracking.compare.table import compare_arms
 
     arms, common = without_common_words(arms)
     base = choose_baseline(arms, baseline)
