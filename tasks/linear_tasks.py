@@ -5,6 +5,7 @@ Legend: T rounds, N tasks, B data sets of one experience, S samples of a data se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from cl_moe.errors import InputError
-from cl_moe.layers.checks import number
 from cl_moe.seeds import generator
 from cl_moe.stream import Experience, Stream
 from tasks.arrange import arrange, finish, whole
@@ -74,7 +74,8 @@ def linear_tasks(
     whole(samples, "stream.samples", 1, features - 1, "stream.features")
     whole(train_sets, "stream.train_sets", 1)
     whole(test_sets, "stream.test_sets", 1)
-    number("noise", noise, key="stream.noise", above=True)
+    if not isinstance(noise, int | float) or not 0 < noise < math.inf:
+        raise InputError(got=f"{noise!r}", allowed="a finite number above 0", key="stream.noise")
     whole(data_seed, "seed.data")
     draw = generator(data_seed, "linear tasks")
     weight_ND = torch.randn(num_tasks, features, generator=draw) / features**0.5

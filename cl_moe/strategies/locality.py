@@ -27,17 +27,18 @@ class Locality(Strategy):
     """After each experience a router makes one step away from experts that had to change much.
 
     ``d_m`` is how far expert m moved in the experience: the norm of the change of all its weights. ``pi_m``
-    is the router's probability of it. The router descends, at ``rate``, on the mean over the experience's
-    tokens of ``sum_m pi_m d_m`` (the locality loss) plus ``balance N sum_m f_m P_m`` (the auxiliary loss), f
-    the share of the choices and P the mean probability of each expert, both over all experiences so far. An
-    expert that knows a task hardly moves for it, so tasks stay where they are known; where they are not, the
-    router tries another. Keys of frozen cohorts stay as they are.
+    is the router's probability of it. The router descends, at a rate of ``lr``, on the mean over the
+    experience's tokens of ``sum_m pi_m d_m`` (the locality loss) plus ``balance N sum_m f_m P_m`` (the
+    auxiliary loss), f the share of the choices and P the mean probability of each expert, both over all
+    experiences so far. An expert that knows a task hardly moves for it, so tasks stay where they are known;
+    where they are not, the router tries another. Keys of frozen cohorts stay as they are.
 
     Nothing else should teach the router beside it: take ``router.k=1``, whose gates are 1, and
     ``router.balance=0``. The paper adds noise to the choice instead of drawing keys at random.
 
     Args:
-        rate: eta, above 0.
+        lr: eta, above 0. The paper adds up the logits of a data set where ``router.level=sequence`` takes
+            their mean: for data sets of S samples its eta is S^2 times as large here.
         balance: alpha >= 0.
         experiences: in how many the router learns (the paper's early termination); behind them its keys stand
             still, since the gaps between experts would close again and tasks change hands. None: in all.
@@ -45,8 +46,8 @@ class Locality(Strategy):
 
     reads_batches = True
 
-    def __init__(self, rate: float = 0.5, balance: float = 0.5, experiences: int | None = None) -> None:
-        check_weight(rate, "strategy.locality.rate", above=True)
+    def __init__(self, lr: float = 0.5, balance: float = 0.5, experiences: int | None = None) -> None:
+        check_weight(lr, "strategy.locality.lr", above=True)
         check_weight(balance, "strategy.locality.balance")
         whole = isinstance(experiences, int) and not isinstance(experiences, bool) and experiences >= 0
         if experiences is not None and not whole:
@@ -55,7 +56,7 @@ class Locality(Strategy):
                 allowed="a whole number, at least 0, or null",
                 key="strategy.locality.experiences",
             )
-        self.rate, self.balance, self.experiences = rate, balance, experiences
+        self.lr, self.balance, self.experiences = lr, balance, experiences
         self.start: dict[str, Tensor] = {}  # experts' weights as this experience found them
         self.shares: dict[int, Tensor] = {}  # (N,) of each layer: what each experience chose, added up
         self.taught = 0
@@ -97,8 +98,8 @@ class Locality(Strategy):
     def _moved(self, index: int, layer: MoE) -> Tensor:
         """(N,) how far each expert has come; 0 for frozen ones and no-ops."""
         parts = []
-        for place, cohort in enumerate(layer.cohorts):
-            square_n = cohort.key.new_zeros(cohort.num_experts)  # type: ignore[operator, union-attr]
+        for place, (cohort, size) in enumerate(zip(layer.cohorts, layer.cohort_sizes, strict=True)):
+            square_n = torch.zeros(size, device=self._device)
             for name, weights in cohort.named_parameters():
                 if (was := self.start.get(f"{index}.{place}.{name}")) is not None:
                     square_n[: len(was)] += (weights - was).flatten(1).square().sum(dim=1)
@@ -137,7 +138,7 @@ class Locality(Strategy):
                     part += 0 if gradient is None else gradient
         with torch.no_grad():
             for key, part in zip(keys, total, strict=True):
-                key -= self.rate * part
+                key.sub_(self.lr * part)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the experts stood, and what was chosen."""

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cl_moe.errors import InputError
-from cl_moe.layers import DenseFFN, MoE, TopK, upcycle
+from cl_moe.layers import DenseFFN, MoE, TopK
+from cl_moe.layers.upcycle import upcycle
 
 
 def layer_of(k: int = 2, level: str = "token", **options) -> MoE:

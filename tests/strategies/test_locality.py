@@ -53,7 +53,7 @@ def by_hand(
 
 @pytest.mark.parametrize("balance", [0.0, 0.7])
 def test_the_router_descends_on_the_two_losses(walk, new_model, new_stream, growing, balance: float) -> None:
-    strategy = Locality(rate=0.3, balance=balance, experiences=2)
+    strategy = Locality(lr=0.3, balance=balance, experiences=2)
     model = new_model("moe")
     was: dict[int, list[Tensor]] = {}
     past: dict[int, list] = {i: [] for i in model.expert_layers}
@@ -101,7 +101,7 @@ def test_what_it_cannot_serve_is_refused(train, new_model, new_stream) -> None:
     with pytest.raises(InputError, match="stops gradients alone"):
         train(new_model("moe"), new_stream(), {"locality": Locality(), "router_freezing": RouterFreezing()})
     for options, key in (
-        ({"rate": 0}, "rate"),
+        ({"lr": 0}, "lr"),
         ({"balance": -1}, "balance"),
         ({"experiences": 1.5}, "experiences"),
     ):

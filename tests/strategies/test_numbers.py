@@ -37,6 +37,7 @@ from cl_moe.strategies import (
     Joint,
     LatentReplay,
     LifelongMoE,
+    Locality,
     LwF,
     Naive,
     Outlook,
@@ -67,6 +68,7 @@ SERVE: dict[str, tuple[Callable[[], Strategy], str]] = {
     "gem": (lambda: GEM(40), "dense"),
     "joint": (Joint, "dense"),
     "latent_replay": (lambda: LatentReplay(40), "dense"),
+    "locality": (Locality, "moe"),
     "mas": (lambda: MAS(0.05), "moe"),
     "replay": (lambda: Replay(40), "dense"),
     "rewarming": (lambda: Rewarming(warmup=0.5, peak=0.5), "dense"),
@@ -103,7 +105,7 @@ def test_every_strategy_is_asked_here() -> None:
     import conf
 
     known = {path.stem for path in Path(conf.__path__[0], "strategy").glob("*.yaml")}
-    assert {name.split()[0] for name in (*SERVE, *REFUSE)} >= known - {"naive", "locality"}
+    assert {name.split()[0] for name in (*SERVE, *REFUSE)} >= known - {"naive"}
 
 
 @pytest.fixture(scope="module")
