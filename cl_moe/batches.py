@@ -101,9 +101,14 @@ def probe_rows(num_rows: int, samples: int) -> Tensor:
     return order[:samples].sort().values
 
 
+def is_asked(targets: Tensor) -> Tensor:
+    """Where there is something to answer, bool of the same shape: not on padding; of numbers, everywhere."""
+    return torch.ones_like(targets, dtype=torch.bool) if targets.is_floating_point() else targets != IGNORE
+
+
 def padding_mask(targets: Tensor) -> Tensor | None:
     """(B, S) bool, False on padding; None where there is none, which spares the layers the work."""
-    mask = targets != IGNORE
+    mask = is_asked(targets)
     return None if bool(mask.all()) else mask
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from cl_moe import agreement, engines
+from cl_moe.batches import is_asked
 from cl_moe.learner import Learner
 from cl_moe.measuring import Past
 from cl_moe.memory import PeakMemory, return_freed, storage_bytes
-from cl_moe.stream import IGNORE, Experience, Streamed
+from cl_moe.stream import Experience, Streamed
 
 _LOADED_LATE = ("pyarrow.dataset", "pyarrow.parquet", "torch.profiler", "torch.utils.serialization")
 """Libraries that the first row, fit or checkpoint of a process would load, and its later ones find."""
@@ -35,10 +36,10 @@ def _held(data: TensorDataset) -> Sequence[Tensor]:
 
 
 def num_targets(data: TensorDataset) -> int:
-    """Real target positions; in classification examples."""
+    """Real target positions; in classification examples, in regression numbers."""
     if isinstance(data, Streamed):
         return int(data.summary.get("train_tokens", len(data)))
-    return int((data.tensors[1] != IGNORE).sum())
+    return int(is_asked(data.tensors[1]).sum())
 
 
 class CostMeter:
@@ -70,7 +71,7 @@ class CostMeter:
 
     @contextmanager
     def training(self, experience: Experience, epochs: int) -> Iterator[None]:
-        """Time one fit. Tokens are real target positions; in classification an example counts as one."""
+        """Time one fit. Tokens are what ``num_targets`` counts."""
         return_freed()
         with self.learner.charges.account("train"):
             yield

@@ -115,7 +115,7 @@ def build(
         log_every=spec.log_every * spec.accumulate,
     )
     upcycled = upcycled_from(branch, config, stream, model) if config.upcycle else None
-    labels = tags(config, stream.scenario, folder)
+    labels = tags(config, stream, folder)
     arm = arm_of(config, labels, branch, changed)
     run = Run(
         stream,
@@ -163,7 +163,7 @@ def upcycled_from(
     return Upcycled.of(model, dense, ledger, branch.boundary, config.upcycle_noise, config.seed.init)
 
 
-def tags(config: DictConfig, scenario: str, folder: Path) -> dict[str, str]:
+def tags(config: DictConfig, stream: Stream, folder: Path) -> dict[str, str]:
     """What a run is found by in MLflow."""
     choices = HydraConfig.get().runtime.choices
     commit, dirty = checkout()
@@ -172,7 +172,8 @@ def tags(config: DictConfig, scenario: str, folder: Path) -> dict[str, str]:
         labels["layer"], labels["router"]
     )
     return labels | {
-        "scenario": scenario,
+        "kind": stream.kind,
+        "scenario": stream.scenario,
         "strategy": "+".join(str(name) for name in config.strategy),
         "seed.init": str(config.seed.init),
         "seed.order": _order(config),

@@ -20,9 +20,11 @@ from cl_moe.measuring import Measuring, Past, uneven_layers
 from cl_moe.metrics.functional import Choices
 from cl_moe.models import ContinualModel
 from cl_moe.plasticity import expected_points
+from cl_moe.scoring import check_shape
 from cl_moe.strategies import Strategy
 from cl_moe.strategies.checks import only_one
-from cl_moe.stream import Stream, Streamed
+from cl_moe.strategies.passes import quiet, to_model
+from cl_moe.stream import Stream, Streamed, chunks
 from cl_moe.tracking import diagnostics, inside, names
 from cl_moe.tracking.record import Record
 
@@ -44,7 +46,7 @@ def training_view(stream: Stream, strategies: Mapping[str, Strategy]) -> Stream:
 
 
 def check_fit(stream: Stream, model: ContinualModel, epochs: int, strategies: Mapping[str, Strategy]) -> None:
-    """Refuse a model with fewer tokens than the stream has, and epochs of which the stream allows one.
+    """Refuse a model that does not answer what the stream asks, and epochs of which the stream allows one.
 
     Args:
         stream: as evaluated.
@@ -72,6 +74,8 @@ def check_fit(stream: Stream, model: ContinualModel, epochs: int, strategies: Ma
             allowed=f"model.vocabulary={len(stream.vocabulary)}",
             key="model.vocabulary (or stream.tokenizer)",
         )
+    if stream.kind == "regression":
+        _check_numbers(stream, model)
     if stream.held_out and not reading.reads(model, stream):
         raise InputError(
             got="held-out texts for a model that does not predict the next token",
@@ -92,6 +96,27 @@ def check_fit(stream: Stream, model: ContinualModel, epochs: int, strategies: Ma
             allowed="1: each example is seen once",
             key="trainer.epochs (or stream.shape.online)",
         )
+
+
+def _check_numbers(stream: Stream, model: ContinualModel) -> None:
+    """Refuse regression with classes, targets that are no finite numbers, or answers of another shape."""
+    if stream.scenario != "domain" or stream.num_classes or stream.class_groups:
+        raise InputError(
+            got=f"{stream.num_classes} classes in scenario {stream.scenario} of a regression stream",
+            allowed="scenario domain without classes: targets are numbers",
+            key="stream.scenario (or stream)",
+        )
+    for experience in stream:
+        for data in (experience.train, experience.test):
+            if not all(t[1].is_floating_point() and t[1].isfinite().all() for t in chunks(data)):
+                raise InputError(
+                    got=f"targets of {experience.name} (experience {experience.index}) that are not finite",
+                    allowed="floating-point numbers, none of them NaN or infinite",
+                    key="stream",
+                )
+    inputs, targets = stream[0].test[:2]
+    with quiet(model), torch.no_grad():
+        check_shape(model(to_model(model, inputs))[0], targets)
 
 
 def check_objective(objective: str, stream: Stream, learner: Learner, measuring: Measuring) -> None:

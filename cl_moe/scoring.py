@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from cl_moe.batches import is_asked
+from cl_moe.errors import InputError
 from cl_moe.layers.precision import wide
 from cl_moe.metrics.answers import confidences, right_answers, token_score
-from cl_moe.stream import IGNORE, Stream
+from cl_moe.stream import IGNORE, Stream, is_loss
 
 
 class Scoring:
@@ -54,7 +56,10 @@ class Scoring:
             self.group_of_class = self.group_of_class.to(device)
 
     def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy, nats per example or per token; padding left out."""
+        """Mean cross-entropy, nats per example or real token; of numbers, the mean squared error."""
+        if self.kind == "regression":
+            check_shape(logits, targets)
+            return (wide(logits) - wide(targets)).square().mean()
         if self.kind == "language":
             return F.cross_entropy(wide(logits.flatten(0, 1)), targets.flatten(), ignore_index=IGNORE)
         columns = targets if self._in_order else self.column_of_class[targets]
@@ -63,9 +68,12 @@ class Scoring:
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(B,) float64 nats of each example (language: on average over its real tokens; NaN without any).
 
-        Infinite for a class that has no column yet: the model gives it no probability.
+        Infinite for a class that has no column yet: the model gives it no probability. Of numbers, each
+        example's mean squared error.
         """
         logits = logits.detach()
+        if self.kind == "regression":
+            return _squares(logits, targets).unsqueeze(-1).flatten(1).mean(dim=1)
         if self.kind == "language":
             return _window_losses(logits, targets)
         column_B = self.column_of_class[targets]
@@ -79,7 +87,7 @@ class Scoring:
     @staticmethod
     def asked(targets: Tensor) -> Tensor:
         """() number of answers that the task loss is a mean over."""
-        return (targets != IGNORE).sum()
+        return is_asked(targets).sum()
 
     def own_task(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits with other tasks' columns at -inf where the scenario gives the task away; else unchanged."""
@@ -93,10 +101,12 @@ class Scoring:
         return None if self.group_of_class is None else self.group_of_class[targets]
 
     def score(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum and number of scores: right answers, or minus the loss of each real token in nats.
+        """Sum and number of scores: right answers, minus the nats of real tokens, or minus squared errors.
 
         A class that has not come yet is no answer, and never answered right, its rows born or not.
         """
+        if self.kind == "regression":
+            return -_squares(logits.detach(), targets).sum(), self.asked(targets)
         if self.kind == "language":
             return token_score(logits, targets)
         logits, column_B = self._of_arrived(logits, targets)
@@ -116,17 +126,17 @@ class Scoring:
             num_new: rows of the stream.
             task_loss: () of the whole batch.
         """
-        if self.kind == "language" and num_new == len(targets):
-            count = (targets != IGNORE).sum()
+        if is_loss(self.kind) and num_new == len(targets):
+            count = self.asked(targets)
             return -task_loss.detach().double() * count, count
         return self.score(logits[:num_new], targets[:num_new])
 
     def calibration(self, logits_BC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(B,) probabilities of the answers and (B,) bool whether they are right; None for language.
+        """(B,) probabilities of the answers and (B,) bool whether they are right; None without classes.
 
-        Also None before any class is known. The probability is over the classes that compete.
+        So also before any class is known. The probability is over the classes that compete.
         """
-        if self.kind == "language" or min(logits_BC.shape[1], self._arrived) == 0:
+        if self.kind != "classification" or min(logits_BC.shape[1], self._arrived) == 0:
             return None
         logits_BC, column_B = self._of_arrived(logits_BC, targets_B)
         own_BC = self.own_task(logits_BC, targets_B)
@@ -140,10 +150,30 @@ class Scoring:
         return logits_BC[:, : self._arrived], column_B.masked_fill(column_B >= self._arrived, -1)
 
 
+def check_shape(answers: Tensor, targets: Tensor) -> None:
+    """Refuse answers that are not as many numbers as were asked for, in the same shape.
+
+    Raises:
+        InputError: names both shapes.
+    """
+    if answers.shape != targets.shape:
+        raise InputError(
+            got=f"a model that answers {list(answers.shape)} for targets of shape {list(targets.shape)}",
+            allowed="an answer of exactly the targets' shape: a number for each number",
+            key="model (or stream)",
+        )
+
+
 def add_terms(terms: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
     """Terms of one name add up: several layers balance their load, a strategy may stand twice."""
     for name, value in more.items():
         terms[name] = terms[name] + value if name in terms else value
+
+
+def _squares(answers: Tensor, targets: Tensor) -> Tensor:
+    """Squared errors, float64, of the targets' shape."""
+    check_shape(answers, targets)
+    return (answers.double() - targets.double()).square()
 
 
 def _window_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:

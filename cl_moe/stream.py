@@ -17,14 +17,25 @@ from torch.utils.data import TensorDataset
 from cl_moe.errors import InputError
 
 Scenario = Literal["task", "domain", "class"]
-Kind = Literal["classification", "language"]
+Kind = Literal["classification", "language", "regression"]
 SCENARIOS: tuple[str, ...] = get_args(Scenario)
 HEADS = ("growing", "whole")
+UNITS: dict[Kind, str] = {
+    "classification": "share correct",
+    "language": "nats per token",
+    "regression": "squared error",
+}
+"""What scores of each kind are told in."""
 
 IGNORE = -100
 """Target of a padded position: no loss, no routing, no count (torch's own ``ignore_index``)."""
 ASKED = 1 << 32
 """Added to the targets of a passage's last word: a whole answer is asked for there, not a token."""
+
+
+def is_loss(kind: Kind) -> bool:
+    """Whether scores are minus a loss, and are shown as losses; else they are shares of right answers."""
+    return kind != "classification"
 
 
 @dataclass(frozen=True)
@@ -36,8 +47,9 @@ class Experience:
         name: for people: ``"digits 0-1"``, ``"novels_en"``.
         train: ``(inputs, targets)``. Classification: inputs (n, ...) float, targets (n,) int64 class ids.
             Language: inputs (n, S) int64 tokens, targets (n, S) int64 next tokens, ``IGNORE`` on padding.
+            Regression: inputs (n, ...) float, targets (n, ...) float32, every one of them asked for.
         test: the same for held-out data.
-        classes: class ids that occur here, in the stream's order; empty for language.
+        classes: class ids that occur here, in the stream's order; empty for language and regression.
         task_label: only in the task-incremental scenario; None otherwise.
     """
 
@@ -131,10 +143,10 @@ class Stream(Sequence[Experience]):
 
     Args:
         name: the stream's name, e.g. ``"split_digits"``.
-        kind: what is learned: ``"classification"`` or ``"language"`` (next-token prediction).
-        scenario: task-, domain- or class-incremental (van de Ven et al. 2022); language: domain.
+        kind: what is learned: ``"classification"``, ``"language"`` (the next token) or ``"regression"``.
+        scenario: task-, domain- or class-incremental (van de Ven et al. 2022); without classes: domain.
         experiences: numbered 0 .. T-1.
-        num_classes: distinct classes over the whole stream, or the vocabulary size.
+        num_classes: distinct classes over the whole stream, or the vocabulary size; 0 for regression.
         input_shape: shape of one input without the batch; ``(S,)`` for language.
         vocabulary: what each token stands for, by its number; empty where tokens are bytes, or none.
         online: every training example may be seen once only; a run of several epochs is refused.

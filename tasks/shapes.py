@@ -114,9 +114,9 @@ class Shape:
         return drifting(stream, parts, sigmoid if self.drift == "sigmoid" else linear, seed)
 
     def _check(self, stream: Stream) -> None:
-        if stream.kind == "language" and (self.imbalance < 1 or self.label_noise):
+        if stream.kind != "classification" and (self.imbalance < 1 or self.label_noise):
             raise InputError(
-                got=f"imbalance={self.imbalance}, label_noise={self.label_noise} for a language model",
+                got=f"imbalance={self.imbalance}, label_noise={self.label_noise} on a {stream.kind} stream",
                 allowed="a stream with classes",
                 key="stream.shape",
             )
@@ -164,7 +164,7 @@ def validated(stream: Stream, share: float, seed: int) -> Stream:
 
 def _held_out(stream: Stream, experience: Experience, share: float, seed: int) -> Tensor:
     order = shuffled(experience, seed, "validation")
-    if stream.kind == "language":
+    if stream.kind != "classification":
         groups = [order]
     else:
         labels = experience.train.tensors[1][order]

@@ -56,7 +56,7 @@ class Plan(NamedTuple):
 def plan_of(module: nn.Module, size: int) -> Plan | None:
     """How a module is computed by so many ranks; None: by each of them as a whole."""
     if isinstance(module, Cohort):
-        if module.hidden % size:
+        if module.hidden is None or module.hidden % size:
             return None
         cuts = {"w_in": Cut(2), "b_in": Cut(1), "w_up": Cut(2), "b_up": Cut(1), "w_out": Cut(1)}
         return _there(module, cuts, "b_out")

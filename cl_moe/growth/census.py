@@ -57,7 +57,7 @@ class Census:
         experience: index of the experience to come; so many were trained before.
         layers: its expert layers by block index.
         scores: mean score over the experiences seen, after each experience so far (row 0 left out).
-        losses: mean training loss in the last pass of each experience so far, nats, NaN where nobody kept it;
+        losses: mean training loss in the last pass of each experience so far, NaN where nobody kept it;
             empty where nobody asked for it.
         reference: (n,) losses of the newest training examples, each before the step on it; None without any.
         coming: (n,) losses of the next experience's first training examples under the model as it is; inf for

@@ -83,7 +83,7 @@ class Trace:
 
     @torch.no_grad()
     def add(self, losses_B: Tensor, routings: Mapping[int, Routing]) -> None:
-        """Take up a batch, this rank's part of it: losses of new examples, nats, and what the layers routed.
+        """Take up a batch, this rank's part of it: losses of new examples, and what the layers routed.
 
         What all ranks took up is gathered here, so that they know the same.
         """

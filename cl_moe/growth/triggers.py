@@ -116,7 +116,7 @@ class OnPlateau(Trigger):
         num_experts: size of each cohort.
         patience: experiences without improvement; at least 1.
         improvement: relative improvement that counts as none, >= 0.
-        target: loss at which nothing need grow, nats per example or token, >= 0.
+        target: loss at which nothing need grow, nats per example or token or squared error, >= 0.
         init: ``fresh``, ``copy`` or ``zero_output``.
         noise: relative noise of copies.
         hidden: hidden width of the newborns, as in ``EveryExperience``.

@@ -31,3 +31,22 @@ def number(name: str, value: object, key: str, above: bool = False) -> float:
             got=f"{name}={value}", allowed=f"a finite number {'>' if above else '>='} 0", key=key
         )
     return value  # type: ignore[return-value]
+
+
+def check_experts(
+    num_experts: int, hidden: int | None, num_shared: int, dropout: float, glu: bool, num_noops: int
+) -> None:
+    """Refuse feed-forward experts that cannot be: see ``MoE``."""
+    whole("num_experts", num_experts, least=1, key="layer.num_experts")
+    if hidden is not None:
+        whole("hidden", hidden, least=1, key="layer.hidden")
+    elif num_shared or dropout or glu:
+        raise InputError(
+            got=f"hidden=null with num_shared={num_shared}, dropout={dropout}, glu={glu}",
+            allowed="a hidden width (layer.hidden), or none of the three",
+            key="layer.hidden",
+        )
+    for name, value in (("num_shared", num_shared), ("num_noops", num_noops)):
+        whole(name, value, least=0, key=f"layer.{name}")
+    if not 0 <= dropout < 1:
+        raise InputError(got=f"dropout={dropout}", allowed="0 <= dropout < 1", key="layer.dropout")

@@ -33,8 +33,8 @@ class Cohort(nn.Module):
     Args:
         dim: D, width of input and output.
         num_experts: n that compute.
-        hidden: H, width between an expert's input and its output.
-        activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
+        hidden: H, width between an expert's input and its output; None: an expert is one linear map.
+        activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``; of no use to one linear map.
         bias: whether the maps have biases.
         dropout: of the hidden neurons while training (2101.03961, section 2.4: "expert dropout"), in [0, 1).
         biased: whether there is a ``selection_bias``.
@@ -56,7 +56,7 @@ class Cohort(nn.Module):
         self,
         dim: int,
         num_experts: int,
-        hidden: int,
+        hidden: int | None,
         activation: str = "relu",
         bias: bool = True,
         dropout: float = 0.0,
@@ -70,12 +70,13 @@ class Cohort(nn.Module):
         self.activation = activation_by_name(activation)
         self.statistics_frozen = False
         self._memory = {name: Reused() for name in ("w_in", "w_up", "w_out")}
-        self.w_in = uniform((num_experts, dim, hidden), fan_in=dim)
-        self.b_in = uniform((num_experts, hidden), fan_in=dim) if bias else None
-        self.w_up = uniform((num_experts, dim, hidden), fan_in=dim) if glu else None
-        self.b_up = uniform((num_experts, hidden), fan_in=dim) if glu and bias else None
-        self.w_out = uniform((num_experts, hidden, dim), fan_in=hidden)
-        self.b_out = uniform((num_experts, dim), fan_in=hidden) if bias else None
+        inner = dim if hidden is None else hidden
+        self.w_in = uniform((num_experts, dim, inner), fan_in=dim)
+        self.b_in = uniform((num_experts, inner), fan_in=dim) if bias else None
+        self.w_up = uniform((num_experts, dim, inner), fan_in=dim) if glu else None
+        self.b_up = uniform((num_experts, inner), fan_in=dim) if glu and bias else None
+        self.w_out = None if hidden is None else uniform((num_experts, hidden, dim), fan_in=hidden)
+        self.b_out = uniform((num_experts, dim), fan_in=inner) if bias and hidden is not None else None
         self.key = nn.Parameter(torch.zeros(self.num_experts, dim))
         self.register_buffer("selection_bias", torch.zeros(self.num_experts) if biased else None)
 
@@ -92,6 +93,8 @@ class Cohort(nn.Module):
             x_MD: (M, D) rows, those of expert e at ``start_n1[e] : start_n1[e + 1]``.
             start_n1: (n + 1,) int64, from 0 to M.
         """
+        if self.w_out is None:
+            return _linear(x_MD, self.w_in, self.b_in, start_n1, self._memory["w_in"])
         drops = self.dropout > 0 and self.training
         if self.activation is nn.functional.relu and self.w_up is None and not drops:
             return self._relu_ffn(x_MD, start_n1)
@@ -100,8 +103,15 @@ class Cohort(nn.Module):
             hidden_MH = nn.functional.dropout(hidden_MH, self.dropout)
         return _linear(hidden_MH, self.w_out, self.b_out, start_n1, self._memory["w_out"])
 
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Let the last map, and with it the output, be 0."""
+        for part in (self.w_in, self.b_in) if self.w_out is None else (self.w_out, self.b_out):
+            if part is not None:
+                part.zero_()
+
     def hidden_units(self, x_MD: Tensor, start_n1: Tensor) -> Tensor:
-        """(M, H): what the outer map reads, before dropout."""
+        """(M, H): what the outer map reads, before dropout; not of experts that have one map."""
         hidden_MH: Tensor = in_place(self.activation)(
             _linear(x_MD, self.w_in, self.b_in, start_n1, self._memory["w_in"])
         )
@@ -111,6 +121,7 @@ class Cohort(nn.Module):
 
     def _relu_ffn(self, x_MD: Tensor, start_n1: Tensor) -> Tensor:
         """``forward`` as one operation, where nothing but a ReLU stands between the maps."""
+        assert self.w_out is not None
         dtype = matmul_dtype(self.w_in)
         b_in, b_out = (bias if bias is None else bias.to(dtype) for bias in (self.b_in, self.b_out))
         w_in, w_out = self.w_in.to(dtype), self.w_out.to(dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cl_moe.errors import InputError
 from cl_moe.layers.activity import Activity, joined
-from cl_moe.layers.checks import whole
+from cl_moe.layers.checks import check_experts, whole
 from cl_moe.layers.expert_layer import ExpertLayer, most_used, noisy_copy
 from cl_moe.layers.experts import Cohort, ExpertPool
 from cl_moe.layers.recycling import recycle
@@ -23,7 +23,7 @@ from cl_moe.layers.tokens import flat_tokens
 
 
 class MoE(ExpertLayer):
-    """Experts with a hidden layer each, chosen per token by a router (1701.06538; 2101.03961).
+    """Experts with a hidden layer each, or none, chosen by a router (1701.06538; 2101.03961).
 
     Shared experts see every token, whichever cohorts are asked for. They are part of the trunk, not of a
     cohort nor of the router: ``freeze`` leaves them alone, and only a policy that stops everything
@@ -39,7 +39,8 @@ class MoE(ExpertLayer):
     Args:
         dim: D, width of input and output.
         num_experts: experts at the start that compute, >= 1.
-        hidden: an expert's hidden width; a cohort born later may have another (``grow``).
+        hidden: an expert's hidden width; a cohort born later may have another (``grow``). None: every expert
+            is one linear map, as in the linear theory of continual mixtures (2406.16437).
         router: a router, or what makes one when called with ``dim=``.
         activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
         bias: whether the experts' linear maps have biases.
@@ -63,7 +64,7 @@ class MoE(ExpertLayer):
         self,
         dim: int,
         num_experts: int = 8,
-        hidden: int = 64,
+        hidden: int | None = 64,
         router: Router | Callable[..., Router] = TopK,
         activation: str = "relu",
         bias: bool = True,
@@ -74,15 +75,16 @@ class MoE(ExpertLayer):
     ) -> None:
         super().__init__()
         whole("dim", dim, least=1, key="dim")
-        _check_options(num_experts, hidden, num_shared, dropout, num_noops)
+        check_experts(num_experts, hidden, num_shared, dropout, glu, num_noops)
         self.dim, self.hidden, self.activation, self.bias = dim, hidden, activation, bias
         self.dropout, self.glu = dropout, glu
         self.router = router if isinstance(router, Router) else router(dim=dim)
         self.router.check_dim(dim)
         self.router.check_num_experts(num_experts + num_noops)
         self.cohorts = ExpertPool([self._newborn(num_experts, hidden, num_noops)])
-        shared = (dim, num_shared, hidden, activation, bias, dropout, glu)
-        self.shared = SharedExperts(*shared) if num_shared else None
+        self.shared = None
+        if num_shared and hidden is not None:
+            self.shared = SharedExperts(dim, num_shared, hidden, activation, bias, dropout, glu)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, cohorts: Sequence[int] | None = None
@@ -111,11 +113,13 @@ class MoE(ExpertLayer):
 
     @property
     def has_hidden_units(self) -> bool:
-        """Every expert has."""
-        return True
+        """Every expert has, or none."""
+        return self.hidden is not None
 
     def hidden_activity(self, x: Tensor, routing: Routing) -> Activity | None:
-        """Of the experts' hidden units, expert by expert, then those of the shared experts."""
+        """Of the experts' hidden units, expert by expert, then those of the shared experts; None without."""
+        if self.hidden is None:
+            return None
         x_TD = x.reshape(-1, self.dim)
         parts = [self.cohorts.hidden_activity(x_TD, routing)]
         if self.shared is not None:
@@ -158,8 +162,9 @@ class MoE(ExpertLayer):
             InputError: also where no expert has the width that a copy is to have.
         """
         self.check_growth(num_experts, init, load, noise)
+        if hidden is not None:
+            self.check_hidden(hidden, init)
         hidden = self.hidden if hidden is None else hidden
-        self.check_hidden(hidden, init)
         self.cohorts.append(self._born(num_experts, hidden, init, noise, load))
 
     def birth_parameters(self, num_experts: int, total: int, hidden: int | None = None) -> int:
@@ -169,9 +174,15 @@ class MoE(ExpertLayer):
         return sum(parameter.numel() for parameter in newborn.parameters())
 
     def check_hidden(self, hidden: int, init: str) -> None:
-        """Any width will do, but a copy needs experts of its own."""
+        """Any width will do, but a copy needs experts of its own; experts of one map have none."""
         whole("hidden", hidden, least=1, key="growth.hidden")
-        widths = sorted({cohort.hidden for cohort in self._cohorts()})
+        widths = sorted({cohort.hidden for cohort in self._cohorts() if cohort.hidden is not None})
+        if not widths:
+            raise InputError(
+                got=f"hidden={hidden} beside experts of one linear map",
+                allowed="growth.hidden=null, or layer.hidden",
+                key="growth.hidden",
+            )
         if init == "copy" and hidden not in widths:
             raise InputError(
                 got=f"copies of hidden width {hidden} of experts of width {', '.join(map(str, widths))}",
@@ -216,7 +227,7 @@ class MoE(ExpertLayer):
             assert isinstance(bias_n, Tensor)
             bias_n += (self.router.scores.bias_rate * (mean - counts[index]).sign()).to(bias_n)
 
-    def _newborn(self, num_experts: int, hidden: int, num_noops: int = 0) -> Cohort:
+    def _newborn(self, num_experts: int, hidden: int | None, num_noops: int = 0) -> Cohort:
         options = (self.activation, self.bias, self.dropout, self.wants_load, self.glu, num_noops)
         cohort = Cohort(self.dim, num_experts, hidden, *options)
         with torch.no_grad():
@@ -229,14 +240,14 @@ class MoE(ExpertLayer):
         """Experts as they would be born, of a cohort's width; they are no part of the layer."""
         return self._born(num_experts, self._cohorts()[cohort].hidden, init, noise, load)
 
-    def _born(self, num_experts: int, hidden: int, init: str, noise: float, load: Tensor | None) -> Cohort:
+    def _born(
+        self, num_experts: int, hidden: int | None, init: str, noise: float, load: Tensor | None
+    ) -> Cohort:
         born = self._newborn(num_experts, hidden).to(self._key(0))  # dtype and device of the old ones
         if init == "copy":
             self._copy_most_used(born, noise, load)
         elif init == "zero_output":
-            born.w_out.zero_()
-            if born.b_out is not None:
-                born.b_out.zero_()
+            born.silence()
         return born
 
     def _copy_most_used(self, newborn: Cohort, noise: float, load: Tensor | None) -> None:
@@ -283,12 +294,3 @@ class MoE(ExpertLayer):
         cohorts = self._cohorts()
         biases = [cohorts[c].selection_bias for c in chosen if cohorts[c].selection_bias is not None]
         return torch.cat(biases) if biases else None  # type: ignore[arg-type]
-
-
-def _check_options(num_experts: int, hidden: int, num_shared: int, dropout: float, num_noops: int) -> None:
-    for name, value in (("num_experts", num_experts), ("hidden", hidden)):
-        whole(name, value, least=1, key=f"layer.{name}")
-    for name, value in (("num_shared", num_shared), ("num_noops", num_noops)):
-        whole(name, value, least=0, key=f"layer.{name}")
-    if not 0 <= dropout < 1:
-        raise InputError(got=f"dropout={dropout}", allowed="0 <= dropout < 1", key="layer.dropout")

@@ -54,7 +54,7 @@ def static_pool(x_TD: Tensor, routing: Routing, cohorts: Sequence[Cohort], first
 
 def _experts(x_PD: Tensor, cohorts: Sequence[Cohort], row_P: Tensor, start_n1: Tensor) -> Tensor:
     """(P, D) outputs for rows sorted by expert."""
-    widest, dtype, one = max(c.hidden for c in cohorts), x_PD.dtype, cohorts[0]
+    widest, dtype, one = max(c.w_in.shape[2] for c in cohorts), x_PD.dtype, cohorts[0]
     whole = not any(c.num_noops for c in cohorts)
     bias_row_P = row_P if whole else row_P.clamp_max(start_n1.shape[0] - 2)
 
@@ -63,15 +63,20 @@ def _experts(x_PD: Tensor, cohorts: Sequence[Cohort], row_P: Tensor, start_n1: T
         out_PH = opaque_grouped_mm(x_PD, maps, start_n1, whole)
         if one.b_in is None:
             return out_PH
-        biases = [nn.functional.pad(getattr(c, f"b_{name}"), (0, widest - c.hidden)) for c in cohorts]
+        given = [getattr(c, f"b_{name}") for c in cohorts]
+        biases = [nn.functional.pad(bias, (0, widest - bias.shape[1])) for bias in given]
         return out_PH + _rows_of(biases, bias_row_P).to(dtype)
 
-    hidden_PH = one.activation(first_map("in"))
+    hidden_PH = first_map("in")
+    if one.w_out is None:
+        return hidden_PH
+    hidden_PH = one.activation(hidden_PH)
     if one.w_up is not None:
         hidden_PH = hidden_PH * first_map("up")
     if one.dropout > 0:
         hidden_PH = nn.functional.dropout(hidden_PH, one.dropout, one.training)
-    out_PD = opaque_grouped_mm(hidden_PH, [c.w_out.to(dtype) for c in cohorts], start_n1, whole)
+    maps = [c.w_out.to(dtype) for c in cohorts if c.w_out is not None]
+    out_PD = opaque_grouped_mm(hidden_PH, maps, start_n1, whole)
     if one.b_out is not None:
         biases: list[Tensor] = [c.b_out for c in cohorts if c.b_out is not None]
         out_PD = out_PD + _rows_of(biases, bias_row_P).to(dtype)

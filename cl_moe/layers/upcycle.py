@@ -111,6 +111,12 @@ def upcycle(
             allowed="layer.num_noops=0, or exact=false",
             key="layer.num_noops (or exact)",
         )
+    if layer.hidden is None:
+        raise InputError(
+            got="upcycling into experts of one linear map",
+            allowed="experts with a hidden layer",
+            key="layer.hidden (or upcycle)",
+        )
     number("noise", noise, key="noise")
     if any(layer.frozen_cohorts) and not allow_frozen:
         raise InputError(

@@ -82,7 +82,7 @@ class OnlineScore:
 
     @property
     def mean(self) -> float:
-        """Right answers as a share, or minus nats per token; NaN where nothing was seen."""
+        """Right answers as a share, or minus the mean loss; NaN where nothing was seen."""
         return mean_of([self.state_dict()])
 
     def state_dict(self) -> dict[str, Any]:

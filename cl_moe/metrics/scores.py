@@ -47,8 +47,7 @@ class ExperienceScores(Metric):
 
         Args:
             experience: index of the experience that the batch belongs to.
-            score_sum: () sum of the batch's scores: number of correct answers, or minus the summed loss in
-                nats.
+            score_sum: () sum of the batch's scores: number of correct answers, or minus the summed loss.
             count: () examples (or tokens) summed over; padding left out.
 
         Raises:

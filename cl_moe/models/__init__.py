@@ -6,6 +6,7 @@ from cl_moe.models.encoder import EncoderLM
 from cl_moe.models.hugging_face import HuggingFaceLM
 from cl_moe.models.mlp import MLPClassifier
 from cl_moe.models.patch_transformer import PatchTransformer
+from cl_moe.models.regressor import Regressor
 from cl_moe.models.text_classifier import DecoderClassifier, EncoderClassifier
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "HuggingFaceLM",
     "MLPClassifier",
     "PatchTransformer",
+    "Regressor",
 ]

@@ -79,7 +79,7 @@ class ContinualModel(nn.Module, ABC):
     """A body with feed-forward slots and a head; grown and frozen by ``growth.adapt`` only.
 
     Attributes:
-        kind: what it can learn: ``"classification"`` or ``"language"``.
+        kind: what it can learn: ``"classification"``, ``"language"`` or ``"regression"``.
         head: the read-out, made of cohorts.
     """
 
@@ -91,6 +91,8 @@ class ContinualModel(nn.Module, ABC):
         self, inputs: Tensor, mask: Tensor | None = None, cohorts: Sequence[int] | None = None
     ) -> tuple[Tensor, dict[int, Routing]]:
         """Logits over ``head.classes``, and what each expert layer routed, by its index in ``expert_layers``.
+
+        Of regression the answer has the targets' shape, and the head has no classes and never grows.
 
         Which tokens went through a block that lets only some of them through stands there too, by the block's
         ``depth_key``, a negative number: it is no choice among experts and belongs to none of their counts.

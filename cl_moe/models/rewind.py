@@ -126,9 +126,9 @@ def candidates(
 
 @contextmanager
 def _first_rows(head: Head, num_cohorts: int) -> Iterator[None]:
-    """A head without its younger rows: the same product as then, to its bits."""
+    """A head without its younger rows: the same product as then, to its bits. Without classes none is."""
     cohorts, classes = head.cohorts, head.classes
-    if num_cohorts == len(cohorts):
+    if num_cohorts == len(cohorts) or not classes:
         yield
         return
     old: list[nn.Linear] = list(cohorts)[:num_cohorts]  # type: ignore[assignment]

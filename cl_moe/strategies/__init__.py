@@ -16,6 +16,7 @@ from cl_moe.strategies.joint import Joint
 from cl_moe.strategies.l2p import L2P
 from cl_moe.strategies.latent_replay import LatentReplay
 from cl_moe.strategies.lifelong_moe import LifelongMoE
+from cl_moe.strategies.locality import Locality
 from cl_moe.strategies.lwf import LwF
 from cl_moe.strategies.mas import MAS
 from cl_moe.strategies.naive import Naive
@@ -46,6 +47,7 @@ __all__ = [
     "Joint",
     "LatentReplay",
     "LifelongMoE",
+    "Locality",
     "LwF",
     "Naive",
     "Outlook",

@@ -37,7 +37,7 @@ class Question(Protocol):
     """What the scenario asks of logits (law 7): the same for a strategy's own passes as for training."""
 
     def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy, nats per example or per token; padding left out."""
+        """Mean cross-entropy, nats per example or real token; of numbers, the mean squared error."""
         ...
 
     def own_task(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Outlook:
     Args:
         model: the model as it will learn: grown and frozen already.
         experience: the experience to come, training data as the strategies' views left it.
-        kind: classification or language.
+        kind: classification, language or regression.
         seed: the data seed; draw from (seed, experience, purpose).
         group_of_class: (classes,) int64 for the task-incremental scenario: the task of each class; None
             otherwise.
@@ -93,9 +93,9 @@ class Step:
     Args:
         model: as in ``Outlook``.
         inputs: the batch's inputs, replayed ones included.
-        targets: class ids (B,), or next tokens (B, S) with ``IGNORE`` on padding.
-        mask: (B, S) bool for language, False on padding; None for classification.
-        logits: (B, C) or (B, S, V): before the scenario masks anything.
+        targets: class ids (B,), next tokens (B, S) with ``IGNORE`` on padding, or numbers (B, ...).
+        mask: (B, S) bool for language, False on padding; else None.
+        logits: (B, C) or (B, S, V), before the scenario masks anything; of numbers, in the targets' shape.
         routings: by block index.
         task_loss: scalar, as it stands in the loss.
         num_new: rows of the stream, which come first; None: all.

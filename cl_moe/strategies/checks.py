@@ -53,13 +53,32 @@ def check_new_classes(name: str, stream: Stream) -> None:
         stream: as evaluated.
 
     Raises:
-        InputError: it is of language, or domain-incremental.
+        InputError: it is of language or regression, or domain-incremental.
     """
-    if stream.kind == "language" or stream.scenario == "domain":
-        what = "a language stream" if stream.kind == "language" else "stream.scenario=domain"
+    classless = stream.kind != "classification"
+    if classless or stream.scenario == "domain":
+        what = f"a {stream.kind} stream" if classless else "stream.scenario=domain"
         raise InputError(
             got=f"strategy={name} with {what} ({stream.name})",
             allowed="a stream of which new experiences bring new classes: scenario class or task",
+            key="strategy (or stream)",
+        )
+
+
+def check_probabilities(name: str, stream: Stream) -> None:
+    """Refuse a strategy that asks for probabilities of answers where answers are numbers.
+
+    Args:
+        name: of the strategy.
+        stream: as evaluated.
+
+    Raises:
+        InputError: it is of regression.
+    """
+    if stream.kind == "regression":
+        raise InputError(
+            got=f"strategy={name} with a regression stream ({stream.name}): its answers are no probabilities",
+            allowed="naive, joint, cumulative, replay, der, gem, agem, si, mas; or a stream of another kind",
             key="strategy (or stream)",
         )
 

@@ -31,7 +31,7 @@ class DEMix(Strategy):
       tokens so far: ``p(x_t | x_<t) = sum_j p(x_t | x_<t, j) p(j | x_<t)``, ``p(j | x_<t)`` proportional to
       ``p(x_<t | j)`` (equations 3 and 4, with a uniform prior). That takes a pass for each domain.
 
-    A classifier has no likelihood of its input to tell the domain by, so it is refused elsewhere.
+    Only a language model has a likelihood of its input to tell the domain by; others are refused elsewhere.
     """
 
     computes = False
@@ -51,7 +51,7 @@ class DEMix(Strategy):
                 allowed="layer=moe, peer or pkm, and growth=every_experience",
                 key="layer (or strategy)",
             )
-        if stream.kind == "classification" and stream.scenario != "task":
+        if stream.kind != "language" and stream.scenario != "task":
             raise InputError(
                 got=f"strategy=demix with stream.scenario={stream.scenario}, which withholds the domain",
                 allowed="stream.scenario=task, or a stream of language, which tells its domain by itself",

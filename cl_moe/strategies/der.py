@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from cl_moe import agreement
-from cl_moe.batches import padding_mask
+from cl_moe.batches import is_asked, padding_mask
 from cl_moe.errors import InputError
 from cl_moe.layers.precision import wide
 from cl_moe.seeds import derive_seed
@@ -20,7 +20,6 @@ from cl_moe.strategies.base import Outlook, Step, Strategy
 from cl_moe.strategies.memory import Reservoir, check_memory_size
 from cl_moe.strategies.passes import ask, question_of, quiet
 from cl_moe.strategies.teacher import check_weight
-from cl_moe.stream import IGNORE
 
 KEEP = ("step", "end")
 
@@ -32,7 +31,7 @@ class DER(Strategy):
     ``alpha * mean (logits - logits kept)^2`` of the one (equation 6; the mean over rows and columns, as the
     authors' code has it) and ``beta * task loss`` of the other (equation 7). A column that was not born when
     an answer was given is held to 0 there; the authors' head has all columns from the start, and DER keeps
-    more by what it says of classes to come.
+    more by what it says of classes to come. In regression the answers are numbers, and are held as they are.
 
     Among ranks, every rank keeps the whole memory, and puts all that was drawn for a step to its model.
 
@@ -88,14 +87,16 @@ class DER(Strategy):
 
     def _answers(self, step: Step, count: int) -> Tensor:
         logits, targets, old = self._pass(step, count)
-        held = (targets != IGNORE).unsqueeze(-1).expand_as(logits)  # no padding
+        held = is_asked(targets)  # no padding
+        if self._outlook is not None and self._outlook.kind != "regression":
+            held = held.unsqueeze(-1).expand_as(logits)
         away = (wide(logits) - _padded(old, logits.shape[-1])).square().masked_fill(~held, 0.0)
         return away.sum() / held.sum().clamp_min(1)
 
     def _labels(self, step: Step, count: int) -> Tensor:
         assert self._outlook is not None
         logits, targets, _ = self._pass(step, count)
-        if bool((targets == IGNORE).all()):
+        if not bool(is_asked(targets).any()):
             return logits.sum() * 0.0
         return question_of(self._outlook).task_loss(logits, targets)
 

@@ -14,7 +14,8 @@ from cl_moe.errors import InputError
 from cl_moe.layers.precision import wide
 from cl_moe.losses import distillation_loss
 from cl_moe.models.base import ContinualModel
-from cl_moe.strategies.base import Outlook, Step, Strategy, tensor_bytes
+from cl_moe.strategies.base import Outlook, Setting, Step, Strategy, tensor_bytes
+from cl_moe.strategies.checks import check_probabilities
 from cl_moe.strategies.teacher import check_weight
 from cl_moe.stream import IGNORE
 
@@ -54,6 +55,10 @@ class DistillFrom(Strategy):
     def learn_from(self, teacher: ContinualModel) -> None:
         """Take a teacher; it stops learning here."""
         self.teacher = teacher.eval().requires_grad_(False)
+
+    def check(self, setting: Setting) -> None:
+        """A teacher's answers are distributions."""
+        check_probabilities("distill_from", setting.stream)
 
     def begin(self, outlook: Outlook) -> None:
         """Give new rows of the head the teacher's values; note which columns are about the same classes."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from cl_moe.errors import InputError
 from cl_moe.layers.precision import wide
 from cl_moe.seeds import generator
-from cl_moe.strategies.base import Outlook, Step, Strategy
+from cl_moe.strategies.base import Outlook, Setting, Step, Strategy
+from cl_moe.strategies.checks import check_probabilities
 from cl_moe.strategies.importance import Anchors, check_samples, sampled_rows, values_now
 from cl_moe.strategies.passes import Score, example_gradients, learning, question_of
 from cl_moe.strategies.teacher import check_weight
@@ -64,6 +65,10 @@ class EWC(Strategy):
         self.labels, self.samples = labels, samples
         self.anchors: list[Anchors] = []
         self._device = torch.device("cpu")
+
+    def check(self, setting: Setting) -> None:
+        """The Fisher information is of a likelihood."""
+        check_probabilities("ewc", setting.stream)
 
     def begin(self, outlook: Outlook) -> None:
         """Let go of what was frozen."""

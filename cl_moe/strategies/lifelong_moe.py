@@ -7,7 +7,7 @@ from torch import Tensor
 from cl_moe.errors import InputError
 from cl_moe.models.base import ContinualModel
 from cl_moe.strategies.base import Setting, Step
-from cl_moe.strategies.checks import check_beside
+from cl_moe.strategies.checks import check_beside, check_probabilities
 from cl_moe.strategies.passes import learning
 from cl_moe.strategies.teacher import DistillingStrategy, check_weight, squared_distance
 
@@ -46,7 +46,8 @@ class LifelongMoE(DistillingStrategy):
         self.l2, self.trunk = l2, trunk
 
     def check(self, setting: Setting) -> None:
-        """A trunk that stands still is not shaken either."""
+        """A teacher's answers are distributions; a trunk that stands still is not shaken either."""
+        check_probabilities("lifelong_moe", setting.stream)
         if self.trunk == "frozen":
             check_beside("lifelong_moe", setting, ("shrink_perturb",), "moves the trunk that is frozen")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cl_moe.strategies.base import Step
+from cl_moe.strategies.base import Setting, Step
+from cl_moe.strategies.checks import check_probabilities
 from cl_moe.strategies.teacher import DistillingStrategy, check_weight
 
 
@@ -23,6 +24,10 @@ class LwF(DistillingStrategy):
         check_weight(alpha, "strategy.lwf.alpha")
         check_weight(temperature, "strategy.lwf.temperature", above=True)
         super().__init__(alpha, temperature)
+
+    def check(self, setting: Setting) -> None:
+        """A teacher's answers are distributions."""
+        check_probabilities("lwf", setting.stream)
 
     def loss(self, step: Step) -> dict[str, Tensor]:
         """The distillation term, from the second experience on."""

@@ -63,7 +63,7 @@ class MAS(Strategy):
         question = question_of(outlook)
 
         def squared_norm(logits: Tensor, targets: Tensor) -> Tensor:
-            if logits.dim() > 2:
+            if outlook.kind == "language":
                 return wide(logits[targets >= 0]).square().sum(dim=-1).mean()
             own_C = wide(question.own_task(logits, targets))
             return own_C.masked_fill(own_C.isneginf(), 0.0).square().sum()  # other tasks' are not asked for

@@ -12,12 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cl_moe.batches import padding_mask
+from cl_moe.batches import is_asked, padding_mask
 from cl_moe.layers.routing import Routing
 from cl_moe.layers.tables import dense
 from cl_moe.models.base import ContinualModel
 from cl_moe.strategies.base import Batch, Outlook, Question, Strategy
-from cl_moe.stream import IGNORE
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """Of logits and targets of a batch: a scalar."""
@@ -28,8 +27,8 @@ class Answer(NamedTuple):
 
     Args:
         inputs: (B, ...).
-        targets: (B,), or (B, S) with ``IGNORE`` where nothing is asked.
-        logits: (B, C) or (B, S, C).
+        targets: (B,), or (B, S) with ``IGNORE`` where nothing is asked; numbers in any shape.
+        logits: (B, C) or (B, S, C); of numbers, in the targets' shape.
         routings: by block.
     """
 
@@ -91,7 +90,7 @@ def loss_of(
 ) -> Tensor | None:
     """The task loss of these examples, a scalar; None where nothing is asked of them (all padding, say)."""
     answer = ask(outlook, inputs, targets, draw)
-    if bool((answer.targets == IGNORE).all()):
+    if not bool(is_asked(answer.targets).any()):
         return None
     return question_of(outlook).task_loss(answer.logits, answer.targets)
 
@@ -112,7 +111,7 @@ def example_gradients(
         for row in rows.tolist():
             one = slice(row, row + 1)
             answer = ask(outlook, inputs[one], targets[one], lambda: draw)
-            if bool((answer.targets == IGNORE).all()):
+            if not bool(is_asked(answer.targets).any()):
                 continue
             gradients = torch.autograd.grad(score(answer.logits, answer.targets), held, allow_unused=True)
             yield {

@@ -83,7 +83,7 @@ class Replay(Strategy):
 
     def check(self, setting: Setting) -> None:
         """Classes are balanced where there are classes."""
-        if self.policy != "reservoir" and setting.stream.kind == "language":
+        if self.policy != "reservoir" and setting.stream.kind != "classification":
             raise InputError(
                 got=f"strategy.replay.policy={self.policy} on stream={setting.stream.name}, "
                 "which has no classes",

@@ -64,7 +64,7 @@ def write_artifacts(record: Record, folder: Path) -> list[Path]:
 def write_matrix(record: Record, path: Path) -> Path:
     """The accuracy matrix: a row per point i, first the one before training, a column per experience.
 
-    Numbers stand in their shortest form that reads back as the same float64; minus the loss for language.
+    Numbers stand in their shortest form that reads back as the same float64; minus the loss where it is one.
     """
     text = StringIO()
     table = csv.writer(text, lineterminator="\n")

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 import cl_moe.metrics.functional as F  # noqa: N812
 from cl_moe import files
+from cl_moe.stream import is_loss
 from cl_moe.tracking.diagnostics import numbered
 from cl_moe.tracking.record import Record
 
@@ -24,7 +25,7 @@ ANYTIME = "anytime.csv"
 
 
 def calibration_points(record: Record, i: int, errors_T: Tensor) -> dict[str, float]:
-    """``calibration/experience_NN`` and their means at point i; nothing for language.
+    """``calibration/experience_NN`` and their means at point i; nothing where there are no classes.
 
     ``stream/calibration_error`` is over the experiences trained so far, ``stream/old_calibration_error`` over
     those before the newest.
@@ -34,7 +35,7 @@ def calibration_points(record: Record, i: int, errors_T: Tensor) -> dict[str, fl
         i: number of experiences trained.
         errors_T: (T,) expected calibration errors, NaN where nothing was answered.
     """
-    if record.kind == "language":
+    if is_loss(record.kind):
         return {}
     T = len(record.names)
     points = {f"calibration/experience_{numbered(j, T)}": e for j, e in enumerate(errors_T.tolist())}
@@ -54,7 +55,7 @@ def online_points(record: Record, i: int, mean: float) -> dict[str, float]:
     if i == 0:
         return {}
     T, word = len(record.names), _word(record)
-    sign = -1 if record.kind == "language" else 1
+    sign = -1 if is_loss(record.kind) else 1
     keys = [f"online_{word}/experience_{numbered(j, T)}" for j in range(i)]
     values = [row.get(key, math.nan) for key, row in zip(keys, record.points[1:i], strict=False)]
     values.append(sign * mean)
@@ -90,7 +91,7 @@ def anytime_points(record: Record) -> Iterator[tuple[int, dict[str, float]]]:
 
 
 def gap_points(record: Record, i: int) -> dict[str, float]:
-    """min-ACC and WC-ACC (De Lange et al. 2023) at point i, for language the same of the largest losses.
+    """min-ACC and WC-ACC (De Lange et al. 2023) at point i, or the same of the largest losses.
 
     Some NaN. Nothing where an experience behind the first was not looked into: rows alone miss what happens
     between them.
@@ -101,7 +102,7 @@ def gap_points(record: Record, i: int) -> dict[str, float]:
     scores = [record.anytime[e][1] if e in record.anytime else none for e in range(i)]
     anytime = [pad(found, (0, i - found.shape[1]), value=torch.nan) for found in scores]
     lowest, worst = F.min_accuracy(R, anytime).item(), F.worst_case_accuracy(R, anytime).item()
-    if record.kind == "language":
+    if is_loss(record.kind):
         return {"stream/max_loss": -lowest, "stream/worst_case_loss": -worst}
     return {"stream/min_accuracy": lowest, "stream/worst_case_accuracy": worst}
 
@@ -109,7 +110,7 @@ def gap_points(record: Record, i: int) -> dict[str, float]:
 def write_anytime(record: Record, path: Path) -> Path:
     """A line per evaluation inside an experience and experience: ``step``, ``experience``, ``score``.
 
-    ``step`` counts the run's optimizer steps; the score is that of the matrix, minus the loss for language,
+    ``step`` counts the run's optimizer steps; the score is that of the matrix (minus a loss where it is one),
     on ``eval.samples`` examples.
     """
     text = StringIO()
@@ -124,14 +125,14 @@ def write_anytime(record: Record, path: Path) -> Path:
 
 def _anytime_row(record: Record, scores: Tensor) -> dict[str, float]:
     T, word = len(record.names), _word(record)
-    sign = -1 if record.kind == "language" else 1
+    sign = -1 if is_loss(record.kind) else 1
     return {
         f"anytime_{word}/experience_{numbered(j, T)}": sign * value for j, value in enumerate(scores.tolist())
     }
 
 
 def _word(record: Record) -> str:
-    return "loss" if record.kind == "language" else "accuracy"
+    return "loss" if is_loss(record.kind) else "accuracy"
 
 
 def _mean(values: Sequence[float]) -> float:

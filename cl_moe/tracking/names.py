@@ -18,6 +18,7 @@ from torch import Tensor
 import cl_moe.metrics.functional as F  # noqa: N812
 from cl_moe.errors import InputError
 from cl_moe.layers.routing import ExpertLoad
+from cl_moe.stream import is_loss
 from cl_moe.tracking.diagnostics import load_metrics, numbered
 from cl_moe.tracking.inside import gap_points
 from cl_moe.tracking.record import Record
@@ -36,7 +37,7 @@ _CLASSIFICATION: dict[str, Callable[[Tensor], Tensor]] = {
     "stream/learning_accuracy": F.learning_accuracy,
 }
 # R holds minus the loss, so forgetting has its sign already: positive is a higher loss.
-_LANGUAGE: dict[str, Callable[[Tensor], Tensor]] = {
+_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "stream/average_loss": lambda R: -F.average_accuracy(R),
     "stream/forgetting": F.forgetting,
     "stream/backward_transfer": F.backward_transfer,
@@ -49,9 +50,9 @@ _LANGUAGE: dict[str, Callable[[Tensor], Tensor]] = {
 def stream_points(record: Record, i: int) -> dict[str, float]:
     """Scores, forgetting and transfers at point i, by metric key.
 
-    Every experience's score is there at every point, also before it is trained: R[i, :]. Language models give
-    losses and transfers in nats per token and perplexities, and no accuracy key. A perplexity too large for a
-    float is left out; its loss is there.
+    Every experience's score is there at every point, also before it is trained: R[i, :]. Where scores are
+    minus a loss there are losses, and transfers in their unit, and no accuracy key. Language models also give
+    perplexities; one that is too large for a float is left out, its loss is there.
 
     Args:
         record: with at least i + 1 rows.
@@ -60,20 +61,18 @@ def stream_points(record: Record, i: int) -> dict[str, float]:
     Raises:
         InputError: the record has no row i.
     """
-    language = record.kind == "language"
+    losses = is_loss(record.kind)
     seen = F.up_to(record.matrix, i)
     T = len(record.names)
     points: dict[str, float] = {}
     for j, score in enumerate(record.rows[i].double().tolist()):
         name = f"experience_{numbered(j, T)}"
-        if language:
-            points[f"loss/{name}"] = -score
+        points[f"{'loss' if losses else 'accuracy'}/{name}"] = -score if losses else score
+        if record.kind == "language":
             points[f"perplexity/{name}"] = torch.tensor(-score, dtype=torch.float64).exp().item()
-        else:
-            points[f"accuracy/{name}"] = score
     for j, value in enumerate(F.forgetting_per_experience(seen).tolist()):
         points[f"forgetting/experience_{numbered(j, T)}"] = value
-    formulas = _LANGUAGE if language else _CLASSIFICATION
+    formulas = _LOSSES if losses else _CLASSIFICATION
     points.update({key: formula(seen).item() for key, formula in formulas.items()})
     if record.cumulative is not None:
         points["stream/intransigence"] = F.intransigence(seen, F.up_to(record.cumulative, i)).item()
@@ -178,8 +177,8 @@ def objective(
 ) -> float:
     """The number that a sweeper is given: a metric's value at the last point.
 
-    For a language model the default name means minus ``stream/average_loss``, so that higher is better there
-    too.
+    Where scores are minus a loss, the default name means minus ``stream/average_loss``, so that higher is
+    better there too.
 
     Args:
         record: of the run, finished or not.
@@ -191,7 +190,7 @@ def objective(
     """
     last = record.experiences_trained
     points = {**(others or {}), **all_points(record, last)}
-    if record.kind == "language" and "stream/average_loss" in points:
+    if is_loss(record.kind) and "stream/average_loss" in points:
         points[DEFAULT_OBJECTIVE] = -points["stream/average_loss"]
     if name not in points or not math.isfinite(points[name]):
         raise InputError(

@@ -1,4 +1,4 @@
-"""What is in a stream: sizes, classes, samples; for people before training, and as artifacts of a run.
+"""What is in a stream: sizes, classes or targets, samples; for people before training, and left by a run.
 
 Legend: n examples, S tokens, N images, c channels, H height, W width.
 """
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_moe.batches import is_asked
 from cl_moe.files import write_atomically
-from cl_moe.stream import IGNORE, Experience, Stream, Streamed
+from cl_moe.stream import Experience, Stream, Streamed
 from cl_moe.tracking.figures.samples import contact_sheet
 from cl_moe.tracking.figures.style import save
 
@@ -25,7 +26,7 @@ _LETTERS = 300
 
 
 def describe(stream: Stream) -> dict[str, Any]:
-    """Sizes and class counts of every experience, as plain Python."""
+    """Sizes of every experience, and counts of its classes or tokens, or its targets' mean and spread."""
     return {
         "stream": stream.name,
         "kind": stream.kind,
@@ -40,10 +41,11 @@ def describe(stream: Stream) -> dict[str, Any]:
 def table(stream: Stream) -> list[str]:
     """A line per experience, below a headline."""
     found, what = describe(stream), "tokens" if stream.kind == "language" else "classes"
+    known = "" if stream.kind == "regression" else f"{stream.num_classes} {what}, "
     shape = " x ".join(map(str, stream.input_shape))
     lines = [
         f"{stream.name}: {len(stream)} experiences, {stream.kind}, scenario {stream.scenario}, "
-        f"{stream.num_classes} {what}, inputs {shape}"
+        f"{known}inputs {shape}"
     ]
     width = max(len(experience.name) for experience in stream)
     for number, entry in enumerate(found["experiences"], start=1):
@@ -52,8 +54,11 @@ def table(stream: Stream) -> list[str]:
             counts = entry["train_classes"].values()
             span = " .. ".join(map(str, sorted({min(counts), max(counts)})))
             line += f"  classes {len(entry['classes']):>3}, {span} examples each"
-        else:
+        elif stream.kind == "language":
             line += f"  tokens {entry['train_tokens']:>9}"
+        else:
+            spread = entry["train_targets"]
+            line += f"  targets {spread['mean']:>9.4g} ± {spread['std']:.4g}"
         lines.append(line)
     return lines
 
@@ -90,7 +95,10 @@ def _experience(stream: Stream, experience: Experience) -> dict[str, Any]:
             continue
         targets = data.tensors[1]
         if stream.kind == "language":
-            entry[f"{side}_tokens"] = int((targets != IGNORE).sum())
+            entry[f"{side}_tokens"] = int(is_asked(targets).sum())
+        elif stream.kind == "regression":
+            std, mean = torch.std_mean(targets.double(), correction=0)
+            entry[f"{side}_targets"] = {"mean": mean.item(), "std": std.item()}
         else:
             labels, counts = targets.unique(return_counts=True)
             entry[f"{side}_classes"] = dict(zip(labels.tolist(), counts.tolist(), strict=True))
@@ -106,7 +114,7 @@ def _rows(experience: Experience) -> Tensor:
 def _images(stream: Stream, rows: list[Tensor]) -> list[Tensor] | None:
     """(N, H, W, c) of every experience; None where inputs are no images."""
     shape = stream.input_shape
-    if stream.kind == "language" or not stream[0].test.tensors[0].is_floating_point():
+    if stream.kind != "classification" or not stream[0].test.tensors[0].is_floating_point():
         return None
     side = math.isqrt(shape[0])
     if len(shape) == 1 and (side * side != shape[0] or side < 4):
@@ -122,7 +130,7 @@ def _texts(stream: Stream, rows: list[Tensor]) -> Iterator[str]:
     for experience, chosen in zip(stream, rows, strict=True):
         yield f"== {experience.index + 1}: {experience.name}"
         for value, target in zip(*experience.train[chosen], strict=True):
-            label = "" if stream.kind == "language" else f"[{target.item()}] "
+            label = "" if stream.kind == "language" else f"[{_numbers(target)}] "
             yield f"{label}{_shown(value, stream.vocabulary)}"
         yield ""
 
@@ -130,7 +138,11 @@ def _texts(stream: Stream, rows: list[Tensor]) -> Iterator[str]:
 def _shown(value: Tensor, vocabulary: tuple[bytes, ...]) -> str:
     """One input for people: a text without its padding, or numbers."""
     if value.is_floating_point():
-        return " ".join(f"{number:g}" for number in value.flatten().tolist())[:_LETTERS]
+        return _numbers(value)
     tokens = value.tolist()
     content = b"".join(vocabulary[token] for token in tokens) if vocabulary else bytes(tokens)
     return repr(content.rstrip(b"\x00").decode("utf-8", "replace")[:_LETTERS])
+
+
+def _numbers(value: Tensor) -> str:
+    return " ".join(f"{number:g}" for number in value.flatten().tolist())[:_LETTERS]

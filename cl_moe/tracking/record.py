@@ -24,8 +24,8 @@ class Record:
     """Rows of the accuracy matrix and the expert loads measured with each of them.
 
     Args:
-        kind: ``"classification"`` (scores are accuracies) or ``"language"`` (scores are minus the loss,
-            nats).
+        kind: ``"classification"`` (scores are accuracies), or ``"language"`` or ``"regression"`` (scores
+            are minus the loss, in nats or in squared errors).
         names: name of every experience, T of them.
         rows: row i of the matrix, (T,) float64, higher is better.
         loads: for each row, ``{block index: [load on experience 0's test data, ...]}``; empty for dense

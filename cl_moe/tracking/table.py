@@ -10,6 +10,7 @@ from rich.text import Text
 
 from cl_moe.memory import readable
 from cl_moe.metrics.functional import forgetting_per_experience, up_to
+from cl_moe.stream import UNITS, is_loss
 from cl_moe.tracking.names import expert_points, stream_points
 from cl_moe.tracking.record import Record
 
@@ -49,7 +50,7 @@ def boundary_line(record: Record, i: int) -> str:
         InputError: the record has no row i.
     """
     points = stream_points(record, i)
-    what = "loss" if record.kind == "language" else "accuracy"
+    what = "loss" if is_loss(record.kind) else "accuracy"
     if i == 0:
         mean = _sign(record) * record.rows[0].mean().item()
         parts = ["before training" + ("" if math.isnan(mean) else f": mean {what} {mean:.3f}")]
@@ -72,7 +73,7 @@ def run_table(record: Record, costs: Mapping[str, float] | None = None) -> Table
         costs: ``cost/*`` metrics, by key; those known here are shown.
     """
     last = record.experiences_trained
-    what = "Loss (nats per token)" if record.kind == "language" else "Accuracy"
+    what = f"Loss ({UNITS[record.kind]})" if is_loss(record.kind) else "Accuracy"
     title = f"{what} after {last} of {len(record.names)} experiences"
     table = Table(title=title, title_justify="left", min_width=_WIDTH)
     table.add_column("experience", max_width=34, overflow="ellipsis", no_wrap=True)
@@ -148,8 +149,8 @@ def _packed(parts: list[str], width: int = _WIDTH) -> list[str]:
 
 
 def _sign(record: Record) -> int:
-    """Language models hold minus the loss and show the loss."""
-    return -1 if record.kind == "language" else 1
+    """What holds minus a loss shows the loss."""
+    return -1 if is_loss(record.kind) else 1
 
 
 def _number(value: float, form: str = ".3f") -> str:

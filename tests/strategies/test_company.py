@@ -40,7 +40,17 @@ SMALL: dict[str, dict[str, Any]] = {
     "l2p": {"pool_size": 4, "length": 2, "top_n": 2},
     "sparse_memory": {"top_t": 3, "num_background": 4, "background_size": 8},
 }
-AT_ONCE = ("bic", "continual_backprop", "der", "distill_from", "gdumb", "icarl", "joint", "rewarming")
+AT_ONCE = (
+    "bic",
+    "continual_backprop",
+    "der",
+    "distill_from",
+    "gdumb",
+    "icarl",
+    "joint",
+    "locality",
+    "rewarming",
+)
 """Act in the first experience already: on its data, its loss, its rate or its weights."""
 HOMES = {"continual_backprop": "dense", "l2p": "patches", "demix": "domains", "sparse_memory": "peer"}
 """The layers, or the stream, of those that are not at home with every mixture."""

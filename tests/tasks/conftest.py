@@ -22,6 +22,7 @@ QUICK = {
     "arriving": [f"stream.files={Path(__file__).parents[2]}/tasks/data/bible_e*.parquet"],
     "text_domains": ["stream.train_bytes=20000", "stream.test_bytes=5000"],
     "text_languages": ["stream.train_bytes=20000", "stream.test_bytes=5000"],
+    "linear_tasks": ["stream.num_experiences=12"],
     "permuted_mnist": ["stream.num_experiences=2"],
     "corrupted_mnist": ["stream.transform.corruptions=[clean,noise]"],
     "coloured_mnist": ["stream.dataset=digits", "stream.transform.hues=[0,120]"],

@@ -148,6 +148,25 @@ def questions(made: Stream) -> None:
         assert found == expected
 
 
+def one_map_a_task(made: Stream) -> None:
+    """All rows of a task meet one linear map, solved for anew, and no rows of another task do."""
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for experience in made:
+        for side in SIDES:
+            inputs, targets = (t.double().numpy() for t in getattr(experience, side).tensors)
+            task = found.setdefault(experience.name.split()[-1], [])
+            task.append((inputs.reshape(-1, inputs.shape[-1]), targets.reshape(-1)))
+    rows = {
+        task: [np.concatenate(part) for part in zip(*parts, strict=True)] for task, parts in found.items()
+    }
+    maps = {task: np.linalg.lstsq(x, y, rcond=None)[0] for task, (x, y) in rows.items()}
+    assert len(maps) > 2
+    for task, (x, y) in rows.items():
+        away = {other: np.abs(x @ weights - y).max() for other, weights in maps.items()}
+        assert away.pop(task) < 1e-5
+        assert min(away.values()) > 0.1
+
+
 LIMITS: dict[str, int | None] = {"train": 20_000, "test": 5_000}
 ALL: dict[str, int | None] = {"train": None, "test": None}
 ORIGINAL: dict[str, Callable[[Stream], None]] = {
@@ -156,6 +175,7 @@ ORIGINAL: dict[str, Callable[[Stream], None]] = {
     "corrupted_mnist": of_mnist(sort=False),
     "hf": texts(["bible_es", "novels_en"], ALL),
     "intents": questions,
+    "linear_tasks": one_map_a_task,
     "peers_digits": digits,
     "permuted_digits": of_digits,
     "permuted_mnist": of_mnist(sort=True),

@@ -1,6 +1,7 @@
 """Dropless top-k.
 
-Legend: T tokens, D width, K choices per token, C candidates, n experts of one cohort.
+Legend: T tokens, D width, K choices per token, C candidates, n experts of one cohort, B sequences, S tokens
+of each.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ class TopK(Router):
     Ties go to the oldest expert. With k = 1 and ``normalize="selected"`` every gate is 1, so that the task's
     loss does not reach the router: take ``"all"`` there.
 
+    A whole sequence may be sent to the same experts (2110.03742, task-level routing by sentence; 2406.16437,
+    by data set): the mean of its real tokens' logits is then the logit of each. That looks at later tokens.
+
     Args:
         dim: D, or None for that of the layer.
         k: experts per token, 1 <= k <= experts.
@@ -40,6 +44,7 @@ class TopK(Router):
         balance: weight of the load balancing loss, >= 0; its value at uniform.
         z_loss: weight of the router z-loss, >= 0.
         scores: softmax or sigmoid, and loss-free balancing; None: softmax without.
+        level: who chooses: every ``"token"``, or every ``"sequence"`` as one.
     """
 
     def __init__(
@@ -50,19 +55,24 @@ class TopK(Router):
         balance: float = 1e-2,
         z_loss: float = 0.0,
         scores: Scores | None = None,
+        level: Literal["token", "sequence"] = "token",
     ) -> None:
         super().__init__()
         check_option("normalize", normalize, ("selected", "all"))
+        check_option("level", level, ("token", "sequence"))
         check_coefficients(balance=balance, z_loss=z_loss)
         whole("k", k, least=1, key="router.k")
         self.dim, self.k, self.normalize = dim, k, normalize
         self.balance, self.z_loss = balance, z_loss
         self.scores = scores or Scores()
+        self.level, self.causal = level, level == "token"
 
     def forward(self, tokens: Tokens, candidates: Candidates) -> Routing:
         """K pairs per token, (T, K), best first; ``kept`` is False on padding only."""
         logits_TC = router_logits(self.scores.cast(tokens.x), candidates)
         self.check_num_experts(logits_TC.shape[1])
+        if self.level == "sequence":
+            logits_TC = _of_sequences(logits_TC, tokens)
         choice_TK = self.scores.choose(logits_TC, self.k, candidates.bias)
         gate_TK = self.scores.gates(logits_TC, choice_TK, normalize=self.normalize == "selected")
         kept_TK = real_tokens(tokens, choice_TK)
@@ -81,3 +91,15 @@ class TopK(Router):
     def check_num_experts(self, num_experts: int) -> None:
         """At least k."""
         check_k(self.k, num_experts)
+
+
+def _of_sequences(logits_TC: Tensor, tokens: Tokens) -> Tensor:
+    """(T, C): for every token the mean over the real tokens of its sequence; 0 where there is none."""
+    logits_BSC = logits_TC.unflatten(0, (-1, tokens.group_size))
+    if tokens.valid is None:
+        mean_B1C = logits_BSC.mean(dim=1, keepdim=True)
+    else:
+        real_BS1 = tokens.valid.view(-1, tokens.group_size, 1)
+        mean_B1C = logits_BSC.masked_fill(~real_BS1, 0.0).sum(dim=1, keepdim=True)
+        mean_B1C = mean_B1C / real_BS1.sum(dim=1, keepdim=True).clamp_min(1)
+    return mean_B1C.expand_as(logits_BSC).flatten(0, 1)

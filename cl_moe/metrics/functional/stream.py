@@ -2,7 +2,7 @@
 
 R has shape (T + 1, T). Row 0 is measured before any training, row i after i experiences; column c is the
 experience with index c, so the score just after learning it is R[c + 1, c], what the papers write R[j, j]
-with j = c + 1. Scores are higher-is-better: accuracies in [0, 1], or minus the loss in nats per token.
+with j = c + 1. Scores are higher-is-better: accuracies in [0, 1], or minus a loss (nats, squared errors).
 Nothing here depends on the range, so transfers and forgetting keep the unit of R.
 
 Legend: T experiences seen, row i: after i experiences, column c: the experience with index c.

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from cl_moe.errors import InputError
-from cl_moe.tracking.compare.runs import CONTEXT, Pair, Run, shortened
+from cl_moe.tracking.compare.runs import CONTEXT, LOSS, Pair, Run, shortened
 from cl_moe.tracking.compare.statistics import Spread, spread
+
+if TYPE_CHECKING:
+    from cl_moe.stream import Kind
 
 _Kind = tuple[str, frozenset[tuple[str, str]]]
 _MEASURED = {"definitions": "definitions of the metrics", "data": "data", "experiences": "lengths"}
@@ -62,6 +66,14 @@ class Arm:
     def spread(self, key: str) -> Spread:
         """Over the seeds and orders."""
         return spread(list(self.values(key).values()))
+
+
+def kind_of(arms: Sequence[Arm]) -> Kind:
+    """The kind of the arms' stream: as the runs say; of runs that do not say, by what they measured."""
+    runs = [run for arm in arms for run in arm.runs]
+    if any(run.about.get("kind") == "regression" for run in runs):
+        return "regression"
+    return "language" if any(LOSS in run.metrics for run in runs) else "classification"
 
 
 def by_stream(

@@ -9,16 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cl_moe.tracking.compare.arms import Arm
+from cl_moe.tracking.compare.arms import Arm, kind_of
 from cl_moe.tracking.compare.left import Left
-from cl_moe.tracking.compare.table import is_language
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
-
-    from cl_moe.stream import Kind
 
 WEIGHTS, ROUTING = "stream/forgetting_weights", "stream/forgetting_routing"
 
@@ -34,6 +31,7 @@ def draw_figures(left: Sequence[Left], arms: Sequence[Arm], folder: Path) -> lis
         arms: of one stream.
         folder: exists.
     """
+    from cl_moe.stream import UNITS
     from cl_moe.tracking import figures
     from cl_moe.tracking.figures.tradeoff import forgetting_parts, pareto
 
@@ -46,19 +44,13 @@ def draw_figures(left: Sequence[Left], arms: Sequence[Arm], folder: Path) -> lis
         drawn["expert_load"] = figures.compare_loads(summed_loads(left))
     drawn["pareto"] = pareto(tradeoffs(arms), kind)
     if parts := forgetting_split(arms):
-        unit = "nats per token" if kind == "language" else "share correct"
-        drawn["forgetting_parts"] = forgetting_parts(parts, unit)
+        drawn["forgetting_parts"] = forgetting_parts(parts, UNITS[kind])
     written = []
     for name, figure in drawn.items():
         written.append(figures.save(figure, folder / f"{name}.png"))
         figure.set_layout_engine("none")  # as it was laid out: once is enough
         written.append(figures.save(figure, folder / f"{name}.svg"))
     return written
-
-
-def kind_of(arms: Sequence[Arm]) -> Kind:
-    """The kind of the arms' stream."""
-    return "language" if is_language(arms) else "classification"
 
 
 def by_arm(left: Sequence[Left]) -> dict[str, list[NDArray[np.float64]]]:
@@ -86,7 +78,9 @@ def summed_loads(left: Sequence[Left]) -> dict[str, dict[int, list[NDArray[np.fl
 
 def tradeoffs(arms: Sequence[Arm]) -> dict[str, list[tuple[float, float]]]:
     """``{arm: [(learning accuracy or loss, forgetting) of each run that has both]}``."""
-    learning = "stream/learning_loss" if is_language(arms) else "stream/learning_accuracy"
+    from cl_moe.stream import is_loss
+
+    learning = "stream/learning_loss" if is_loss(kind_of(arms)) else "stream/learning_accuracy"
     keys = (learning, "stream/forgetting")
     return {
         arm.name: [

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cl_moe.tracking.compare.figures import by_arm, common_names, forgetting_split, kind_of, tradeoffs
+from cl_moe.tracking.compare.arms import kind_of
+from cl_moe.tracking.compare.figures import by_arm, common_names, forgetting_split, tradeoffs
 
 if TYPE_CHECKING:
     from cl_moe.tracking.compare.whole import View

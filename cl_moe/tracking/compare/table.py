@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from cl_moe.tracking.compare.arms import Arm
+from cl_moe.tracking.compare.arms import Arm, kind_of
 from cl_moe.tracking.compare.runs import ACCURACY, LOSS, lower_is_better
 from cl_moe.tracking.compare.statistics import (
     FEW_PAIRS,
@@ -84,12 +84,9 @@ class Comparison(NamedTuple):
 
 def main_metric(arms: Sequence[Arm]) -> str:
     """Average accuracy, or average loss where that is what the runs measured."""
-    return LOSS if is_language(arms) else ACCURACY
+    from cl_moe.stream import is_loss
 
-
-def is_language(arms: Sequence[Arm]) -> bool:
-    """Whether the runs are of language models, which have losses and no accuracies."""
-    return any(LOSS in run.metrics for arm in arms for run in arm.runs)
+    return LOSS if is_loss(kind_of(arms)) else ACCURACY
 
 
 def compare_arms(

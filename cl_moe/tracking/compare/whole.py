@@ -116,10 +116,11 @@ def _view(
     how: Inference,
 ) -> View:
     """One stream: its table, its artifacts, and what to know about them."""
-    from cl_moe.tracking.compare.arms import choose_baseline, notes_on, without_common_words
+    from cl_moe.stream import is_loss
+    from cl_moe.tracking.compare.arms import choose_baseline, kind_of, notes_on, without_common_words
     from cl_moe.tracking.compare.left import read_left
     from cl_moe.tracking.compare.match import match_arms, read_curves, without_curve
-    from cl_moe.tracking.compare.table import compare_arms, is_language
+    from cl_moe.tracking.compare.table import compare_arms
 
     arms, common = without_common_words(arms)
     base = choose_baseline(arms, baseline)
@@ -131,7 +132,7 @@ def _view(
     left, missing = read_left(client, arms)
     if match is not None:
         curves = read_curves(client, left, match.key)
-        one = match_arms(one, arms, match, curves, -1 if is_language(arms) else 1, how)
+        one = match_arms(one, arms, match, curves, -1 if is_loss(kind_of(arms)) else 1, how)
         if not any(row.matched for row in one.rows):
             notes.append(f"No arm can be matched: the baseline, or every run, is without {match.key}.")
         elif dropped := without_curve(arms, curves, match.key):

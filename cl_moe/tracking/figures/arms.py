@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from cl_moe.errors import InputError
 from cl_moe.metrics import functional
-from cl_moe.stream import Kind
+from cl_moe.stream import Kind, is_loss
 from cl_moe.tracking.figures import style
 from cl_moe.tracking.figures.load import rank_axes
 from cl_moe.tracking.figures.matrix import draw_matrix, seen_average
@@ -29,7 +29,7 @@ def compare_curves(
     """The average over experiences trained, large, then a small panel per experience; a line per arm.
 
     Args:
-        arms: ``{arm: [R of each seed]}``, each (T + 1, T), higher is better (minus the loss for language).
+        arms: ``{arm: [R of each seed]}``, each (T + 1, T), higher is better (minus the loss where it is one).
         names: of the T experiences; numbers where left out. Of more than 12, an even choice is shown.
         kind: of the stream.
 
@@ -74,7 +74,7 @@ def compare_curves(
         axes.set_xlim(-0.2, T + 0.2)
         axes.set_xticks(range(0, T + 1, -(-T // 10)))
         axes.grid(color=style.RULE, lw=0.5)
-        if kind == "classification":
+        if not is_loss(kind):
             axes.set_ylim(-0.03, 1.03)
     _legend(figure, top, arms)
     return figure

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cl_moe.stream import is_loss
 from cl_moe.tracking.figures import style
 from cl_moe.tracking.figures.matrix import growth_events
 from cl_moe.tracking.record import Record
@@ -32,7 +33,7 @@ def stability_gap(record: Record) -> Figure | None:
     _draw_boundaries(axes, record)
     axes.set_xlabel("optimizer steps", fontsize=9)
     axes.set_ylabel(look.label, fontsize=9)
-    if record.kind == "classification":
+    if not is_loss(record.kind):
         axes.set_ylim(-0.03, 1.03)
     handles, labels = axes.get_legend_handles_labels()
     keep = slice(None) if T <= 24 else slice(None, None, -(-T // 12))

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cl_moe.stream import Kind
+from cl_moe.stream import UNITS, Kind, is_loss
 from cl_moe.tracking.figures import style
 from cl_moe.tracking.names import stream_points
 from cl_moe.tracking.record import Record
@@ -20,7 +20,7 @@ from cl_moe.tracking.record import Record
 def accuracy_matrix(record: Record) -> Figure:
     """Heat map of R with its values: a row per point, the first before training, a column per experience.
 
-    A line separates what was trained (below it) from what was not yet. Language models are shown as losses.
+    A line separates what was trained (below it) from what was not yet. Losses are shown as losses.
     """
     T = len(record.names)
     labels = 0.07 * max(len(style.shorten(name)) for name in record.names)
@@ -95,7 +95,7 @@ def forgetting_curves(record: Record) -> Figure:
     axes.set_xlim(-0.3, T + 0.3)
     axes.set_xticks(range(0, T + 1, -(-T // 25)))
     axes.grid(axis="x", color=style.RULE, lw=0.6)
-    if record.kind == "classification":
+    if not is_loss(record.kind):
         axes.set_ylim(-0.03, 1.03)
     handles, labels = axes.get_legend_handles_labels()
     keep = slice(None) if T <= 24 else slice(None, None, -(-T // 12))
@@ -161,7 +161,7 @@ def _draw_events(strip: Axes, events: dict[int, tuple[int, int]]) -> None:
 def _headline(record: Record) -> str:
     """The stream's numbers at the last point."""
     points = stream_points(record, record.experiences_trained)
-    unit = " nats" if record.kind == "language" else ""
+    unit = f" {UNITS[record.kind].split(' per ')[0]}" if is_loss(record.kind) else ""
     named = [
         ("average accuracy", "stream/average_accuracy"),
         ("average loss", "stream/average_loss"),

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import cl_moe.metrics.functional as F  # noqa: N812
+from cl_moe.stream import UNITS
 from cl_moe.tracking.figures import style
 from cl_moe.tracking.names import depth_points, rewound
 from cl_moe.tracking.record import Record
@@ -38,8 +39,7 @@ def forgetting_parts(record: Record) -> Figure | None:
     axes.grid(axis="y", color=style.RULE, lw=0.6)
     axes.set_axisbelow(True)
     style.experience_ticks(axes, record.names[:T], width - 2)
-    unit = "nats" if record.kind == "language" else "accuracy"
-    axes.set_ylabel(f"forgotten since learnt ({unit})", fontsize=9)
+    axes.set_ylabel(f"forgotten since learnt ({UNITS[record.kind]})", fontsize=9)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     means = f"weights {weights.mean():.3f}, routing and classes {routing.mean():.3f}, both {whole.mean():.3f}"
     style.headline(figure, f"Forgetting after {i} experiences, mean: {means}", width)

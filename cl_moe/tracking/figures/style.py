@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
 
 from cl_moe import files
-from cl_moe.stream import Kind
+from cl_moe.stream import UNITS, Kind, is_loss
 
 INK, MUTED, RULE = "#222222", "#666666", "#d0d0d0"
 # Okabe & Ito (2008) without black (kept for averages) and yellow (too light for lines on white).
@@ -41,10 +41,10 @@ class Scale(NamedTuple):
 
 
 def scale(kind: Kind) -> Scale:
-    """Accuracies as they are; language models as losses, since R holds minus the loss."""
-    if kind == "language":
-        return Scale("loss (nats per token, lower is better)", -1, "viridis_r", None)
-    return Scale("accuracy (share correct)", 1, "viridis", (0.0, 1.0))
+    """Accuracies as they are; losses as losses, of which R holds minus the loss."""
+    if is_loss(kind):
+        return Scale(f"loss ({UNITS[kind]}, lower is better)", -1, "viridis_r", None)
+    return Scale(f"accuracy ({UNITS[kind]})", 1, "viridis", (0.0, 1.0))
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from cl_moe.stream import Kind
+from cl_moe.stream import Kind, is_loss
 from cl_moe.tracking.figures import style
 
 Points = Mapping[str, Sequence[tuple[float, float]]]
@@ -38,11 +38,11 @@ def pareto(arms: Points, kind: Kind = "classification") -> Figure:
         marker = "os^D"[style.LINES.index(looks[arm][1])]
         axes.plot(*points_S2.mean(axis=0), marker, color=colour, ms=10, mec="white", label=arm)
     means = np.array([points_S2.mean(axis=0) for points_S2 in shown.values()])
-    front = means[on_front(means, 1 if kind == "language" else -1)]
+    front = means[on_front(means, 1 if is_loss(kind) else -1)]
     front = front[np.argsort(front[:, 0])]
     axes.plot(*front.T, color=style.MUTED, lw=1, ls="--", zorder=0)
     style.plain(axes, "Learning against forgetting (the front, dashed, is not beaten in both)")
-    better = "lower" if kind == "language" else "higher"
+    better = "lower" if is_loss(kind) else "higher"
     axes.set_xlabel(
         f"{style.scale(kind).label.split(' (')[0]} just after learning ({better} is better)", fontsize=9
     )
