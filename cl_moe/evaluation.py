@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import lightning as L  # noqa: N812
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import TensorDataset
 
 from cl_moe import agreement
-from cl_moe.batches import evaluation_loader, probe_rows
-from cl_moe.counting.charges import Account
+from cl_moe.batches import probe_rows
 from cl_moe.growth.adapt import births
 from cl_moe.layers.routing import ExpertLoad
 from cl_moe.learner import Learner
@@ -23,7 +21,6 @@ from cl_moe.metrics import Tally
 from cl_moe.metrics.answers import mean_of
 from cl_moe.metrics.functional import Choices
 from cl_moe.models.base import depth_key
-from cl_moe.models.rewind import RouterState
 from cl_moe.models.watching import Seen
 from cl_moe.stream import Experience
 from cl_moe.tracking import diagnostics, inside
@@ -82,7 +79,7 @@ def evaluate(
     watched: dict[int, Seen] = {}
     if newest is not None and len(newest.test) <= samples:
         watched[place[id(newest.test)]] = Seen()
-    go_over(trainer, learner, tally, distinct.values(), batch_size, watched=watched)
+    learner.go_over(trainer, tally, distinct.values(), batch_size, watched=watched)
     chosen = [place[id(experience.test)] for experience in experiences]
     loads = {index: [per_set[at] for at in chosen] for index, per_set in tally.loads.compute().items()}
     peaks, choices = tally.peaks.compute(), tally.choices.compute()
@@ -95,35 +92,6 @@ def evaluate(
         tally.calibration_errors()[chosen],
         next(iter(watched.values()), None),
     )
-
-
-def go_over(
-    trainer: L.Trainer,
-    learner: Learner,
-    tally: Tally,
-    test_sets: Iterable[TensorDataset],
-    batch_size: int,
-    account: Account = "eval",
-    then: Sequence[RouterState] = (),
-    watched: Mapping[int, Seen] | None = None,
-) -> None:
-    """Let a learner answer test sets, in one pass.
-
-    Args:
-        trainer: of the stream.
-        learner: as it is now.
-        tally: takes up scores, loads and choices of each test set.
-        test_sets: at least one.
-        batch_size: examples per evaluation batch.
-        account: that the pass is charged to.
-        then: the router with which each test set is to be met; none: that of now.
-        watched: what takes up what is seen of the model on a test set, by the set's place.
-    """
-    learner.tally, learner.then, learner.watched = tally, list(then), dict(watched or {})
-    with learner.charges.account(account):
-        loaders = [evaluation_loader(data, batch_size) for data in test_sets]
-        trainer.test(learner, dataloaders=loaders, verbose=False)
-    learner.then, learner.watched = [], {}
 
 
 def rewind(
@@ -158,7 +126,7 @@ def rewind(
     if changed:
         tally, data = Tally(len(changed)), [experience.test for experience, _ in changed]
         routers = [then for _, then in changed]
-        go_over(trainer, learner, tally, data, batch_size, "diagnostics", routers)
+        learner.go_over(trainer, tally, data, batch_size, "diagnostics", routers)
         rewound[[experience.index for experience, _ in changed]] = tally.scores.compute().cpu()
     return rewound
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L  # noqa: N812
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from cl_moe import agreement, engines
+from cl_moe.batches import evaluation_loader
+from cl_moe.counting import Charges
+from cl_moe.counting.charges import Account
+from cl_moe.metrics import Tally
+from cl_moe.models.rewind import RouterState
+from cl_moe.models.watching import Seen
 from cl_moe.optim import OptimizerState, forget_part
 
 
@@ -22,12 +30,20 @@ class LeanModule(L.LightningModule):
         tick: called after every batch.
         between_steps: called between two optimizer steps.
         between_tests: called after every batch of an evaluation.
+        charges: what passes take.
+        tally: takes up the answers of the evaluation that is under way.
+        then: the router with which each of its test sets is met; empty: that of now.
+        watched: what takes up what is seen of the model on some of its test sets.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.batches, self.first_pass, self.epochs = 0, 0, 1
         self.tick, self.between_steps, self.between_tests = _nothing, _nothing, _nothing
+        self.charges = Charges()
+        self.tally: Tally | None = None
+        self.then: list[RouterState] = []
+        self.watched: dict[int, Seen] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes the name of the running hook some 46 times in a step, and a module's own way of
@@ -91,6 +107,33 @@ class LeanModule(L.LightningModule):
     def live_optimizer_state(self) -> OptimizerState:
         """What the optimizer of the fit that is under way remembers, by name, whole."""
         return engines.optimizer_state(self.trainer, self.named_parameters())
+
+    def go_over(
+        self,
+        trainer: L.Trainer,
+        tally: Tally,
+        test_sets: Iterable[TensorDataset],
+        batch_size: int,
+        account: Account = "eval",
+        then: Sequence[RouterState] = (),
+        watched: Mapping[int, Seen] | None = None,
+    ) -> None:
+        """Answer test sets as it is now, in one pass.
+
+        Args:
+            trainer: of the stream.
+            tally: takes up scores, loads and choices of each test set.
+            test_sets: at least one.
+            batch_size: examples per evaluation batch.
+            account: that the pass is charged to.
+            then: the router with which each test set is to be met; none: that of now.
+            watched: what takes up what is seen of the model on a test set, by the set's place.
+        """
+        self.tally, self.then, self.watched = tally, list(then), dict(watched or {})
+        with self.charges.account(account):
+            loaders = [evaluation_loader(data, batch_size) for data in test_sets]
+            trainer.test(self, dataloaders=loaders, verbose=False)
+        self.then, self.watched = [], {}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the batch; between two optimizer steps, let the run be saved."""

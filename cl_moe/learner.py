@@ -14,17 +14,14 @@ from torch import Tensor
 
 from cl_moe import agreement
 from cl_moe.batches import broken_inputs, padding_mask
-from cl_moe.counting import Charges
 from cl_moe.errors import InputError, RunFailedError
 from cl_moe.growth import Trace
 from cl_moe.growth.adapt import Event, replay
 from cl_moe.layers import ExpertLayer, Routing, StepLoads
 from cl_moe.lean import LeanModule, scale_rates
-from cl_moe.metrics import Tally
 from cl_moe.metrics.answers import OnlineScore
 from cl_moe.models.base import ContinualModel
-from cl_moe.models.rewind import RouterState
-from cl_moe.models.watching import Seen, watching
+from cl_moe.models.watching import watching
 from cl_moe.optim import OptimizerSpec, OptimizerState, load_state_by_name
 from cl_moe.scoring import Scoring, add_terms
 from cl_moe.seeds import derive_seed, generator, generator_states, set_generator_states
@@ -66,16 +63,12 @@ class Learner(LeanModule):
         self.kind, self.seed, self.log_every = stream.kind, seed, log_every
         self.ledger: list[Event] = []
         self.note: Note = lambda points, step: None
-        self.charges = Charges()
         self.optimizer_state: OptimizerState = {}
         self.experience: Experience | None = None
         self.scoring = scoring = Scoring(stream)
         self.task_loss, self.own_task, self.score = scoring.task_loss, scoring.own_task, scoring.score
         self.online = OnlineScore()  # of this experience's first pass
         self.trace = Trace()  # what schedule and policy want to see of training
-        self.tally: Tally | None = None  # of the evaluation that is under way
-        self.then: list[RouterState] = []  # of each of its test sets, if it is to be met as it was
-        self.watched: dict[int, Seen] = {}  # what is seen of the model on some of its test sets
         self._step_loads, self._balancing = StepLoads(), dict[int, ExpertLayer]()
         self._restart: dict[str, Any] | None = None  # what a restart inside an experience goes on with
         self._hooks = Hooks.of(self.strategies)

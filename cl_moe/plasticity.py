@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import cl_moe.metrics.functional as F  # noqa: N812
-from cl_moe.batches import evaluation_loader, probe_rows
+from cl_moe.batches import probe_rows
 from cl_moe.layers.activity import Activity
 from cl_moe.learner import Learner
 from cl_moe.metrics import Tally
@@ -49,10 +49,7 @@ def observe(
         return {}
     if seen is None:
         probe, seen = take(newest.test, probe_rows(len(newest.test), samples)), Seen()
-        learner.tally, learner.then, learner.watched = Tally(1), [], {0: seen}
-        with learner.charges.account("diagnostics"):
-            trainer.test(learner, dataloaders=evaluation_loader(probe, batch_size), verbose=False)
-        learner.watched = {}
+        learner.go_over(trainer, Tally(1), [probe], batch_size, "diagnostics", watched={0: seen})
     return plasticity_points(seen)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import cl_moe.metrics.functional as F  # noqa: N812
-from cl_moe.batches import evaluation_loader
 from cl_moe.learner import Learner
 from cl_moe.metrics import Tally
 from cl_moe.metrics.answers import last_words_right
@@ -122,10 +121,9 @@ def _scores(
     trainer: L.Trainer, learner: Learner, parts: Sequence[TensorDataset | None], batch_size: int
 ) -> Tensor:
     """(parts,) float64 mean scores, in a pass of their own."""
-    loaders = [evaluation_loader(part, batch_size) for part in parts if part is not None]
-    if not loaders:
+    texts = [part for part in parts if part is not None]
+    if not texts:
         return torch.empty(0, dtype=torch.float64)
-    learner.tally, learner.then = Tally(len(loaders)), []
-    with learner.charges.account("eval"):
-        trainer.test(learner, dataloaders=loaders, verbose=False)
-    return learner.tally.scores.compute().cpu()
+    tally = Tally(len(texts))
+    learner.go_over(trainer, tally, texts, batch_size)
+    return tally.scores.compute().cpu()
