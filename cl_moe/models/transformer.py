@@ -173,7 +173,7 @@ class TransformerBody(ContinualModel):
                 seer = type(getattr(layer, "router", layer)).__name__
                 raise InputError(
                     got=f"{seer}, which looks ahead, in {type(self).__name__}, which is causal",
-                    allowed="a router that does not look ahead (top_k, switch), or a model that may "
+                    allowed="a router that does not look ahead (top_k by token, switch), or a model that may "
                     "(encoder, encoder_classifier, patch_transformer)",
                     key="router (or model)",
                 )
