@@ -21,7 +21,7 @@ from cl_moe.optim import OptimizerState, forget_part
 
 
 class LeanModule(L.LightningModule):
-    """Abstract: a learner's part that speaks of Lightning only.
+    """Abstract: a learner's part that speaks of Lightning: its hooks, its engines, its passes over test sets.
 
     Attributes:
         batches: of this experience that were trained.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cl_moe.errors import InputError
 from cl_moe.layers import MoE, Routing
+from cl_moe.layers.exchange import owned
 from cl_moe.models.base import ContinualModel
 from cl_moe.seeds import generator
 from cl_moe.strategies.base import Outlook, Setting, Strategy, tensor_bytes
@@ -100,9 +101,10 @@ class Locality(Strategy):
         parts = []
         for place, (cohort, size) in enumerate(zip(layer.cohorts, layer.cohort_sizes, strict=True)):
             square_n = torch.zeros(size, device=self._device)
-            for name, weights in cohort.named_parameters():
+            for name in owned(cohort):
                 if (was := self.start.get(f"{index}.{place}.{name}")) is not None:
-                    square_n[: len(was)] += (weights - was).flatten(1).square().sum(dim=1)
+                    moved_n = cohort.get_parameter(name) - was
+                    square_n[: len(was)] += moved_n.flatten(1).square().sum(dim=1)
             parts.append(square_n.sqrt())
         return torch.cat(parts)
 
@@ -125,7 +127,7 @@ class Locality(Strategy):
 
     def _teach(self, outlook: Outlook, layers: dict[int, MoE], pushes: dict[int, Tensor]) -> None:
         """Both losses are sums of probabilities, each expert's times what pushes against it."""
-        keys = [p for layer in layers.values() for n, p in layer.named_parameters() if n.endswith(".key")]
+        keys = [cohort.get_parameter("key") for layer in layers.values() for cohort in layer.cohorts]
         keys = [key for key in keys if key.requires_grad]
         if not keys:
             return
@@ -160,8 +162,8 @@ def _learning_experts(model: ContinualModel) -> Iterator[tuple[str, Tensor]]:
     """Stacked weights that learn, by layer, cohort and name; no keys."""
     for i, layer in model.expert_layers.items():
         for place, cohort in enumerate(layer.cohorts):
-            for name, weights in cohort.named_parameters():
-                if weights.requires_grad and name not in cohort.router_parts:  # type: ignore[operator]
+            for name in owned(cohort):
+                if (weights := cohort.get_parameter(name)).requires_grad:
                     yield f"{i}.{place}.{name}", weights
 
 

@@ -99,7 +99,8 @@ def _of_sequences(logits_TC: Tensor, tokens: Tokens) -> Tensor:
     if tokens.valid is None:
         mean_B1C = logits_BSC.mean(dim=1, keepdim=True)
     else:
-        real_BS1 = tokens.valid.view(-1, tokens.group_size, 1)
-        mean_B1C = logits_BSC.masked_fill(~real_BS1, 0.0).sum(dim=1, keepdim=True)
-        mean_B1C = mean_B1C / real_BS1.sum(dim=1, keepdim=True).clamp_min(1)
+        num_B1 = tokens.valid.view(-1, tokens.group_size).sum(dim=1, keepdim=True).clamp_min(1)
+        mean_B1C = logits_BSC.sum(dim=1, keepdim=True) / num_B1.unsqueeze(
+            2
+        )  # padding is 0, so are its logits
     return mean_B1C.expand_as(logits_BSC).flatten(0, 1)
